@@ -1,0 +1,152 @@
+"""The command line: a Hydra app whose config becomes a typed run, and whose errors are sentences.
+
+This module and hydra_plugins/gnbench are the only ones that see Hydra. torch is imported when a run starts, so that
+--help and tab completion do not wait for it.
+"""
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from gnbench.configs import CONFIGS, choices
+from gnbench.errors import SweepFailed, UserError
+from gnbench.plan import Run, num_cores, plan_run
+from gnbench.recipe import Recipe
+from hydra_plugins.gnbench.cores import Cores
+from hydra_plugins.gnbench.grid import Grid
+
+REFUSED = 2  # exit status of a command that was refused
+FAILED = 1  # of one in which a run failed
+
+
+@dataclass
+class Config(Recipe):
+    """The keys of a run: what is compared, the recipe's own, and how it is executed."""
+
+    norm: Any = MISSING
+    model: Any = MISSING
+    data: Any = MISSING
+    norm_batch_size: int = "${batch_size}"  # type: ignore[assignment]  # images that share statistics (NBS)
+    seed: int = 0  # of the initialization, the order of images and the augmentation
+    precision: str = "float32"  # float32, tf32 (on a GPU), bf16 (mixed)
+    num_threads: Any = "auto"  # auto: 1 in a sweep, which runs one process a core; all cores for a single run
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    results: str = "results/runs"  # where the run's directory goes; a sweep has its own
+    checkpoint_s: float = 60.0  # seconds between two checkpoints: what a kill can cost
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+for plugin in (Grid, Cores):  # Hydra's own search for plugins does not see into an editable install
+    Plugins.instance().register(plugin)
+
+
+def plan(cfg: DictConfig, in_sweep: bool) -> Run:
+    """The run that a composed config means.
+
+    Raises:
+        UserError: a value is not legal.
+    """
+    return plan_run(
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), default_threads=1 if in_sweep else num_cores()
+    )
+
+
+def train_one(cfg: DictConfig) -> dict:
+    """Train the run that `cfg` means and return its record. Hydra calls it, once a run."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _train(plan(cfg, in_sweep=True), progress=False)
+    with _exit_on_error():  # here, because Hydra adds lines of its own to an error that leaves a single run
+        run = plan(cfg, in_sweep=False)
+        record = _train(run, progress=True)
+        print(f"{describe(record)}\n{run.directory}")
+        return record
+
+
+def _train(run: Run, progress: bool) -> dict:
+    from gnbench.run import check_runs, execute
+
+    check_runs([run])
+    return execute(run, progress)
+
+
+def describe(record: dict) -> str:
+    """A finished run in one line."""
+    config, result = record["config"], record["result"]
+    name = f"{config['norm']['name']} batch_size={config['batch_size']} seed={config['seed']}"
+    if result is None:
+        return f"{name}: {record['status']}" + (f", {record['cause']}" if record.get("cause") else "")
+    return (
+        f"{name}: test error {result['test_error']:.2f} %, training error {result['train_error']:.2f} % "
+        f"in {result['time_s']:.0f} s"
+    )
+
+
+def main() -> None:
+    """The `gnbench` command: exits with 2 where it was refused, 1 where a run failed, 130 or 143 on a signal."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what it would print over several lines
+    app = hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(train_one)
+    with _exit_on_error():
+        app()
+
+
+@contextlib.contextmanager
+def _exit_on_error() -> Iterator[None]:
+    """End the process with a sentence and a status; with GNBENCH_TRACEBACK=1, with the traceback."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("GNBENCH_TRACEBACK") == "1":
+            raise
+        print(f"gnbench: {_sentence(error)}", file=sys.stderr)
+        sys.exit(_exit_status(error))
+
+
+def _exit_status(error: Exception) -> int:
+    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
+        return REFUSED
+    number = getattr(error, "number", None)  # of the signal that interrupted a run
+    return FAILED if number is None else 128 + number
+
+
+def _sentence(error: Exception) -> str:
+    """What is wrong, in one sentence; Hydra's and OmegaConf's own messages spread it over several lines."""
+    text = str(error)
+    if isinstance(error, (UserError, SweepFailed)):
+        return text
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name} is not known: it is one of {', '.join(error.options or choices(group))}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: give it one, as in {error.full_key}=..."
+    if isinstance(error, ConfigCompositionException) and (match := re.match(r"Could not override '([^']+)'", text)):
+        return _unknown_key(match[1])
+    if isinstance(error, ConfigCompositionException) and (match := re.match(r"Error merging override (.*)", text)):
+        return f"{match[1]} is not legal: {_first_line(error.__cause__)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read as key=value: {text.splitlines()[-2 if 'See http' in text else -1]}"
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return " ".join(line.strip() for line in text.splitlines())
+    return f"{type(error).__name__}: {text}"
+
+
+def _unknown_key(key: str) -> str:
+    near = difflib.get_close_matches(key, [field.name for field in fields(Config)], n=1)
+    return f"{key} is not a key" + (f"; did you mean {near[0]}?" if near else ": gnbench --help lists the keys")
+
+
+def _first_line(error: BaseException | None) -> str:
+    return str(error).splitlines()[0] if error else "it cannot be merged into the config"

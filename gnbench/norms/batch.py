@@ -1,0 +1,68 @@
+"""Batch Normalization whose statistics are shared by a part of the SGD batch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.Module):
+    """Batch Normalization (arXiv:1502.03167) with its own normalization batch size (NBS, arXiv:2105.07576).
+
+    y = gamma * (x - mean) / sqrt(var + eps) + beta, x (N, C, H, W), gamma and beta (C,). In training, mean and var
+    (biased) are taken for each channel over the positions of `norm_batch_size` images; in evaluation they are the
+    running statistics.
+
+    A batch of N images is W = N / NBS normalization batches, as if W workers held NBS images each. Worker w holds
+    the images w, w + W, w + 2W, ... so that (N, C, H, W') seen as (NBS, W * C, H, W') needs no copy. The running
+    mean and (unbiased) variance move by `momentum` towards the average over the W workers: what each of W workers
+    would keep, averaged; not W successive updates. NBS = N is torch.nn.BatchNorm2d, bit for bit.
+
+    Where NBS does not divide a batch (an epoch's smaller last one, kept by drop_last=false), the batch is split into
+    floor(N / NBS) workers at least one, of as equal a size as a divisor of N allows: the largest W that divides N
+    and leaves at least NBS images each.
+
+    Args:
+        num_channels: C.
+        norm_batch_size: images that share statistics; None takes the whole batch.
+        momentum: weight of the newest statistics in the running ones.
+
+    Raises:
+        ValueError: norm_batch_size is below 1.
+    """
+
+    def __init__(
+        self, num_channels: int, norm_batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        if norm_batch_size is not None and norm_batch_size < 1:
+            raise ValueError(f"norm_batch_size={norm_batch_size} is below 1")
+        self.norm_batch_size = norm_batch_size
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        workers = self._num_workers(len(x)) if self.training else 1
+        if workers == 1:
+            return self._normalize(x, self.running_mean, self.running_var, self.weight, self.bias)
+        means, variances = self.running_mean.repeat(workers), self.running_var.repeat(workers)
+        grouped = x.reshape(len(x) // workers, -1, *x.shape[2:])  # (N, C, H, W') -> (NBS, W * C, H, W')
+        y = self._normalize(grouped, means, variances, self.weight.repeat(workers), self.bias.repeat(workers))
+        self.running_mean.copy_(means.view(workers, -1).mean(0))
+        self.running_var.copy_(variances.view(workers, -1).mean(0))
+        return y.view_as(x)
+
+    def _num_workers(self, batch_size: int) -> int:
+        if self.norm_batch_size is None:
+            return 1
+        most = max(1, batch_size // self.norm_batch_size)
+        return next(workers for workers in range(most, 0, -1) if batch_size % workers == 0)
+
+    def _normalize(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, norm_batch_size={self.norm_batch_size}, eps={self.eps}, momentum={self.momentum}"

@@ -1,0 +1,40 @@
+"""Group Normalization, and Layer and Instance Normalization as its two ends."""
+
+from torch import nn
+
+
+def group_norm(
+    num_channels: int, num_groups: int | None = None, channels_per_group: int | None = None, eps: float = 1e-5
+) -> nn.GroupNorm:
+    """Group Normalization (arXiv:1803.08494): y = gamma * (x - mean) / sqrt(var + eps) + beta.
+
+    mean and var (biased) are taken for each image over a group: C / num_groups neighbouring channels and all
+    positions, x (N, C, H, W) seen as (N, G, C/G * H * W). gamma and beta have shape (C,).
+
+    Args:
+        num_groups: G; give this or `channels_per_group`, never both.
+        channels_per_group: C/G, the same in every layer, so that G grows with the layer's width.
+
+    Raises:
+        ValueError: both or neither is given, or the groups do not divide the channels.
+    """
+    if (num_groups is None) == (channels_per_group is None):
+        given = f"num_groups={num_groups}, channels_per_group={channels_per_group}"
+        raise ValueError(f"exactly one of num_groups and channels_per_group is to be given, got {given}")
+    for key, divisor in (("num_groups", num_groups), ("channels_per_group", channels_per_group)):
+        if divisor is not None and (divisor < 1 or num_channels % divisor):
+            raise ValueError(f"{key}={divisor} does not divide {num_channels} channels")
+    return nn.GroupNorm(num_groups or num_channels // channels_per_group, num_channels, eps=eps)
+
+
+def layer_norm(num_channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    """Layer Normalization (arXiv:1607.06450) of a feature map: GN with one group.
+
+    gamma and beta have shape (C,), not (C, H, W), so that it differs from GN by its groups alone.
+    """
+    return group_norm(num_channels, num_groups=1, eps=eps)
+
+
+def instance_norm(num_channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    """Instance Normalization (arXiv:1607.08022): GN with one channel a group, with gamma and beta of shape (C,)."""
+    return group_norm(num_channels, channels_per_group=1, eps=eps)

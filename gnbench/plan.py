@@ -1,0 +1,112 @@
+"""From a resolved config to a run that may be trained: checked, named and placed, before the first step of any."""
+
+import functools
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from gnbench.configs import partial
+from gnbench.datasets import Images
+from gnbench.errors import UserError
+from gnbench.recipe import Recipe
+from gnbench.record import FINISHED, RECORD, digest, load_record, run_name
+
+PRECISIONS = ("float32", "tf32", "bf16")
+SPLIT_KEYS = ("train_size", "val_size", "split_seed", "augment")  # of `data`; its other keys belong to the source
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that is legal as far as can be told without torch."""
+
+    config: dict  # resolved, plain values, as its record keeps it
+    digest: str
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def cost(self) -> float:
+        """Its work relative to other runs: a step takes about as long as 2 images more than it has."""
+        return self.config["epochs"] * (1 + 2 / self.config["batch_size"])
+
+    def is_finished(self) -> bool:
+        """Whether its record says done or diverged. A record that cannot be read does not count."""
+        try:
+            record = load_record(self.directory / RECORD)
+        except UserError:
+            return False
+        return record["status"] in FINISHED and record["digest"] == self.digest
+
+
+def plan_run(config: dict, default_threads: int) -> Run:
+    """Check a resolved config and give it its identity and place.
+
+    Args:
+        default_threads: what num_threads=auto becomes.
+
+    Raises:
+        UserError: a value is not legal; the sentence names the key, the value and what is legal.
+    """
+    config = {**config, "num_threads": _num_threads(config["num_threads"], default_threads)}
+    if config["precision"] not in PRECISIONS:
+        raise UserError(f"precision={config['precision']} is not legal: it is one of {', '.join(PRECISIONS)}")
+    if config["seed"] < 0:
+        raise UserError(f"seed={config['seed']} is not legal: it is 0 or more")
+    if config["checkpoint_s"] <= 0:
+        raise UserError(f"checkpoint_s={config['checkpoint_s']} is not legal: it is a number of seconds above 0")
+    make_recipe(config)  # checks its values
+    _check_norm_batch_size(config)
+    if "norm_batch_size" not in config["norm"]:  # one run serves the whole axis
+        config["norm_batch_size"] = None
+    identity = digest(config, _fingerprint(json.dumps(config["data"])))
+    return Run(config, identity, Path(config["results"]) / run_name(config, identity))
+
+
+def make_recipe(config: dict) -> Recipe:
+    """The recipe among a config's keys.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    return Recipe(**{field.name: config[field.name] for field in fields(Recipe)})
+
+
+def load_images(node: dict, verify: bool = True) -> Images:
+    """The images of a `data` node.
+
+    Args:
+        verify: whether every pixel is compared with its checksum; the fingerprint alone does not need it.
+    """
+    source = {key: value for key, value in node.items() if key not in SPLIT_KEYS}
+    return partial(source)(name=node["name"], verify=verify)
+
+
+@functools.cache  # a sweep plans hundreds of runs on one data set
+def _fingerprint(node_json: str) -> str:
+    return load_images(json.loads(node_json), verify=False).fingerprint
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _num_threads(asked: int | str, default: int) -> int:
+    if asked == "auto":
+        return default
+    if not isinstance(asked, int) or asked < 1:
+        raise UserError(f"num_threads={asked} is not legal: it is auto, or a number of 1 or more")
+    return asked
+
+
+def _check_norm_batch_size(config: dict) -> None:
+    size, batch_size = config["norm_batch_size"], config["batch_size"]
+    if size is None or size < 1 or batch_size % size:
+        divisors = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+        raise UserError(
+            f"norm_batch_size={size} is not legal: it divides batch_size={batch_size}, so it is one of {divisors}"
+        )

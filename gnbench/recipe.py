@@ -1,0 +1,92 @@
+"""What one training does: its hyperparameters, checked when they are set, and its learning rate at every step."""
+
+import math
+from dataclasses import dataclass, field
+
+from gnbench.errors import UserError
+
+SCHEDULES = ("step", "cosine", "constant")
+
+
+@dataclass
+class Recipe:
+    """SGD with momentum under the linear learning-rate rule (arXiv:1706.02677), the same for every norm.
+
+    Raises:
+        UserError: a value is out of its range; the sentence names the key, the value and what is legal.
+    """
+
+    batch_size: int = 128  # images in one update
+    epochs: int = 164  # 64k steps at batch 128 on CIFAR, as arXiv:1512.03385
+    max_steps: int | None = None  # ends the training after so many updates; the schedule spans what is trained
+    base_lr: float = 0.1  # lr = base_lr * batch_size / base_batch_size
+    base_batch_size: int = 128
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    norm_weight_decay: bool = True  # whether gamma, beta and biases decay too, as in arXiv:1803.08494
+    schedule: str = "step"  # step, cosine, constant
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])  # of the training, for `step`
+    lr_decay: float = 0.1  # factor at each milestone
+    warmup_epochs: float = 0.0  # linear from 0
+    label_smoothing: float = 0.0
+    clip_grad_norm: float | None = None  # largest L2 norm of all gradients together
+    drop_last: bool = True  # whether an epoch leaves out the images that do not fill its last batch
+    report_epochs: int = 5  # test_error is the median over the last so many epochs
+    test_every: int = 1  # epochs between two tests; the last report_epochs are always tested
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "epochs", "base_batch_size", "report_epochs", "test_every"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        for key in ("base_lr", "lr_decay"):
+            _require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "a number above 0")
+        for key in ("max_steps", "clip_grad_norm"):
+            _require(getattr(self, key) is None or getattr(self, key) > 0, key, getattr(self, key), "above 0, or null")
+        for key in ("weight_decay", "warmup_epochs"):
+            _require(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "0 or more")
+        for key in ("momentum", "label_smoothing"):
+            _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
+        _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        ordered = all(0 < a < 1 for a in self.milestones) and sorted(self.milestones) == self.milestones
+        _require(ordered, "milestones", self.milestones, "rising fractions of the training between 0 and 1")
+        _require(self.momentum > 0 or not self.nesterov, "nesterov", self.nesterov, "false when momentum is 0")
+
+    def steps_per_epoch(self, num_images: int) -> int:
+        """Updates in one pass over `num_images` training images.
+
+        Raises:
+            UserError: they do not fill one batch and the last smaller batch is dropped.
+        """
+        steps = num_images // self.batch_size if self.drop_last else math.ceil(num_images / self.batch_size)
+        legal = f"at most the {num_images} training images, or drop_last=false"
+        _require(steps > 0, "batch_size", self.batch_size, legal)
+        return steps
+
+    def total_steps(self, num_images: int) -> int:
+        """Updates in the whole training."""
+        steps = self.epochs * self.steps_per_epoch(num_images)
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+    def learning_rate(self, step: int, num_images: int) -> float:
+        """Learning rate of update `step` (from 0): peak * warm-up(step) * schedule(step / total steps).
+
+        peak = base_lr * batch_size / base_batch_size; warm-up rises linearly to 1 over `warmup_epochs`;
+        `step` multiplies by lr_decay at each milestone, `cosine` is (1 + cos(pi * progress)) / 2 (arXiv:1608.03983).
+        """
+        progress = step / self.total_steps(num_images)
+        peak = self.base_lr * self.batch_size / self.base_batch_size
+        warmup_steps = self.warmup_epochs * self.steps_per_epoch(num_images)
+        warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        return peak * warmup * self._schedule(progress)
+
+    def _schedule(self, progress: float) -> float:
+        if self.schedule == "cosine":
+            return (1 + math.cos(math.pi * progress)) / 2
+        if self.schedule == "step":
+            return self.lr_decay ** sum(progress >= milestone for milestone in self.milestones)
+        return 1.0
+
+
+def _require(condition: bool, key: str, value: object, legal: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value} is not legal: {key} is {legal}")

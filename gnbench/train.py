@@ -1,0 +1,212 @@
+"""One training: the loop, a step, evaluation, and the state from which it goes on bit for bit."""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gnbench.data import Dataset, Split, train_batches
+from gnbench.recipe import Recipe
+
+EVAL_BATCH_SIZE = 1000  # images; fixed, so that the rounding of a test error does not depend on the recipe
+STEPS_PER_CHECK = 100  # between two looks at the loss: a look makes a GPU wait
+
+
+class Diverged(Exception):
+    """The training loss is not finite."""
+
+
+@dataclass
+class Progress:
+    """How far a training is. Sums belong to the epoch under way and are divided once, at its end."""
+
+    step: int = 0  # updates done
+    loss_sum: float | Tensor = 0.0  # a tensor on the device while an epoch runs
+    num_errors: int | Tensor = 0
+    num_images: int = 0
+    time_s: float = 0.0
+    history: list[dict] = field(default_factory=list)  # a row an epoch
+
+
+@dataclass
+class Training:
+    """A model in training on a data set, by a recipe; `train` moves it forward."""
+
+    model: nn.Module
+    dataset: Dataset
+    recipe: Recipe
+    seed: int
+    precision: str = "float32"
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.optimizer = make_optimizer(self.model, self.recipe)
+        self.total_steps = self.recipe.total_steps(len(self.dataset.train))
+        self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.dataset.train))
+
+    def state(self) -> dict:
+        """Tensors and plain values from which `restore` continues bit for bit, between any two steps."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": {
+                **asdict(self.progress),
+                "loss_sum": float(self.progress.loss_sum),
+                "num_errors": int(self.progress.num_errors),
+            },
+        }
+
+    def restore(self, state: dict) -> None:
+        """Continue where `state` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with momentum. Gamma, beta and biases, the parameters of one dimension, may be spared the weight decay."""
+    wide = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    flat = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": wide, "weight_decay": recipe.weight_decay},
+        {"params": flat, "weight_decay": recipe.weight_decay if recipe.norm_weight_decay else 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.SGD(groups, lr=recipe.base_lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+
+
+def train(training: Training, pause: Callable[[], None]) -> None:
+    """Train to the end of the recipe, from wherever `training` is.
+
+    `pause` is called between any two steps and after the last, whenever the state is whole: there the caller saves
+    it, shows it, or raises to stop. An epoch's row has joined the history by the pause after its last step.
+
+    Raises:
+        Diverged: the training loss is not finite.
+    """
+    progress, dataset, recipe = training.progress, training.dataset, training.recipe
+    while progress.step < training.total_steps:
+        epoch, first_step = divmod(progress.step, training.steps_per_epoch)
+        epoch_end = min((epoch + 1) * training.steps_per_epoch, training.total_steps)
+        batches = train_batches(dataset, recipe.batch_size, recipe.drop_last, training.seed, epoch, first_step)
+        progress.loss_sum = torch.as_tensor(progress.loss_sum, dtype=torch.float64, device=dataset.mean.device)
+        progress.num_errors = torch.as_tensor(progress.num_errors, device=dataset.mean.device)
+        training.model.train()
+        while progress.step < epoch_end:
+            started = time.perf_counter()
+            images, labels = next(batches)
+            loss, errors = train_step(training, images, labels)
+            progress.loss_sum += loss.double() * len(labels)
+            progress.num_errors += errors
+            progress.num_images += len(labels)
+            progress.step += 1
+            progress.time_s += time.perf_counter() - started
+            at_end = progress.step == epoch_end
+            if at_end or progress.step % STEPS_PER_CHECK == 0:
+                check_loss(progress, epoch + 1)
+            if at_end:
+                _end_epoch(training, epoch + 1)
+            pause()
+
+
+def check_loss(progress: Progress, epoch: int) -> None:
+    """Raise Diverged where the sum of the epoch's losses is not finite."""
+    if not math.isfinite(progress.loss_sum):
+        raise Diverged(f"the training loss is not finite by step {progress.step} (epoch {epoch})")
+
+
+def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One update; returns the batch's mean loss and its number of errors, both still on the device."""
+    recipe, optimizer = training.recipe, training.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.learning_rate(training.progress.step, len(training.dataset.train))
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+        logits = training.model(images)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+    optimizer.zero_grad()
+    loss.backward()
+    if recipe.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_grad_norm)
+    optimizer.step()
+    return loss.detach(), (logits.detach().argmax(1) != labels).sum()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Dataset, split: Split, precision: str) -> tuple[float, float]:
+    """Mean cross-entropy and error in percent over a split, with the model in evaluation mode."""
+    model.eval()
+    loss_sum, num_errors = 0.0, 0
+    for images, labels in zip(split.images.split(EVAL_BATCH_SIZE), split.labels.split(EVAL_BATCH_SIZE), strict=True):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(dataset.normalize(images))
+        loss_sum += F.cross_entropy(logits.double(), labels, reduction="sum")
+        num_errors += (logits.argmax(1) != labels).sum()
+    return float(loss_sum) / len(split), 100 * int(num_errors) / len(split)
+
+
+def summarize(history: list[dict], recipe: Recipe) -> dict:
+    """A finished training's numbers: `test_error` is the median over the last `report_epochs` epochs, never the best."""
+    last = history[-1]
+    reported = [row["test_error"] for row in history[-recipe.report_epochs :]]
+    return {
+        "test_error": statistics.median(reported),
+        "final_test_error": last["test_error"],
+        "val_error": last["val_error"],
+        "train_error": last["train_error"],
+        "train_loss": last["train_loss"],
+        "time_s": sum(row["time_s"] for row in history),
+    }
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory so far in MiB: of the device where it is a GPU, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _end_epoch(training: Training, epoch: int) -> None:
+    """Turn the epoch's sums into a row of the history."""
+    progress, recipe, dataset = training.progress, training.recipe, training.dataset
+    last_epoch = math.ceil(training.total_steps / training.steps_per_epoch)
+    tested = epoch % recipe.test_every == 0 or epoch > last_epoch - recipe.report_epochs
+    test_loss, test_error = _finite(
+        evaluate(training.model, dataset, dataset.test, training.precision) if tested else ()
+    )
+    _, val_error = _finite(
+        evaluate(training.model, dataset, dataset.val, training.precision) if len(dataset.val) else ()
+    )
+    progress.history.append(
+        {
+            "epoch": epoch,
+            "step": progress.step,
+            "lr": training.optimizer.param_groups[0]["lr"],
+            "train_loss": float(progress.loss_sum) / progress.num_images,
+            "train_error": 100 * int(progress.num_errors) / progress.num_images,
+            "test_loss": test_loss,
+            "test_error": test_error,
+            "val_error": val_error,
+            "time_s": progress.time_s,
+            "peak_memory_mb": peak_memory_mb(dataset.mean.device),
+        }
+    )
+    progress.loss_sum, progress.num_errors, progress.num_images, progress.time_s = 0.0, 0, 0, 0.0
+
+
+def _finite(measured: tuple[float, ...]) -> tuple[float | None, float | None]:
+    """(loss, error) as JSON takes it: what was not measured, or a loss that is not finite, is None."""
+    if not measured:
+        return None, None
+    loss, error = measured
+    return (loss if math.isfinite(loss) else None), error
