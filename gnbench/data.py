@@ -141,7 +141,7 @@ def flip(images: Tensor, flips: Tensor) -> Tensor:
 
 
 def _split(pixels: np.ndarray, labels: np.ndarray, device: torch.device) -> Split:
-    images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+    images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
     return Split(images.contiguous().to(device), torch.from_numpy(np.array(labels, dtype=np.int64)).to(device))
 
 

@@ -32,17 +32,19 @@ class Recipe:
     label_smoothing: float = 0.0
     clip_grad_norm: float | None = None  # largest L2 norm of all gradients together
     drop_last: bool = True  # whether an epoch leaves out the images that do not fill its last batch
+    frozen_epochs: int = 0  # the last so many epochs use the running statistics as they are (arXiv:2105.07576)
+    precise_images: int = 10000  # training images behind the precise statistics (arXiv:2105.07576)
     report_epochs: int = 5  # test_error is the median over the last so many epochs
     test_every: int = 1  # epochs between two tests; the last report_epochs are always tested
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "epochs", "base_batch_size", "report_epochs", "test_every"):
+        for key in ("batch_size", "epochs", "base_batch_size", "precise_images", "report_epochs", "test_every"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("base_lr", "lr_decay"):
             _require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "a number above 0")
         for key in ("max_steps", "clip_grad_norm"):
             _require(getattr(self, key) is None or getattr(self, key) > 0, key, getattr(self, key), "above 0, or null")
-        for key in ("weight_decay", "warmup_epochs"):
+        for key in ("weight_decay", "warmup_epochs", "frozen_epochs"):
             _require(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "0 or more")
         for key in ("momentum", "label_smoothing"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")

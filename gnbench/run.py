@@ -146,7 +146,7 @@ def _train_recorded(run: Run, record: dict, progress: bool) -> dict:
     save_record(run.directory / RECORD, record)
     with _stop_signals() as stop, _progress_bar(run, training, progress) as bar:
         train(training, _Pause(run, training, record, stop, bar))
-    record.update(status="done", result=summarize(training.progress.history, training.recipe))
+    record.update(status="done", result=summarize(training))
     save_record(run.directory / RECORD, record)
     delete_checkpoints(run.directory)
     return record

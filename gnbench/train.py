@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.data import Dataset, Split, train_batches
+from gnbench.data import Dataset, train_batches
+from gnbench.evaluate import error_by_statistics, evaluate
+from gnbench.precise_bn import layers_with_statistics
 from gnbench.recipe import Recipe
 
-EVAL_BATCH_SIZE = 1000  # images; fixed, so that the rounding of a test error does not depend on the recipe
 STEPS_PER_CHECK = 100  # between two looks at the loss: a look makes a GPU wait
 
 
@@ -97,7 +98,7 @@ def train(training: Training, pause: Callable[[], None]) -> None:
         batches = train_batches(dataset, recipe.batch_size, recipe.drop_last, training.seed, epoch, first_step)
         progress.loss_sum = torch.as_tensor(progress.loss_sum, dtype=torch.float64, device=dataset.mean.device)
         progress.num_errors = torch.as_tensor(progress.num_errors, device=dataset.mean.device)
-        training.model.train()
+        _set_train_mode(training, epoch)
         while progress.step < epoch_end:
             started = time.perf_counter()
             images, labels = next(batches)
@@ -113,6 +114,19 @@ def train(training: Training, pause: Callable[[], None]) -> None:
             if at_end:
                 _end_epoch(training, epoch + 1)
             pause()
+
+
+def _set_train_mode(training: Training, epoch: int) -> None:
+    """Training mode, but for running statistics that are frozen in the last epochs: those are used as they are."""
+    training.model.train()
+    if epoch >= _num_epochs(training) - training.recipe.frozen_epochs:
+        for layer in layers_with_statistics(training.model):
+            layer.eval()
+
+
+def _num_epochs(training: Training) -> int:
+    """Epochs that the training enters: `max_steps` may end it early."""
+    return math.ceil(training.total_steps / training.steps_per_epoch)
 
 
 def check_loss(progress: Progress, epoch: int) -> None:
@@ -137,26 +151,17 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tens
     return loss.detach(), (logits.detach().argmax(1) != labels).sum()
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, split: Split, precision: str) -> tuple[float, float]:
-    """Mean cross-entropy and error in percent over a split, with the model in evaluation mode."""
-    model.eval()
-    loss_sum, num_errors = 0.0, 0
-    for images, labels in zip(split.images.split(EVAL_BATCH_SIZE), split.labels.split(EVAL_BATCH_SIZE), strict=True):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(dataset.normalize(images))
-        loss_sum += F.cross_entropy(logits.double(), labels, reduction="sum")
-        num_errors += (logits.argmax(1) != labels).sum()
-    return float(loss_sum) / len(split), 100 * int(num_errors) / len(split)
-
-
-def summarize(history: list[dict], recipe: Recipe) -> dict:
-    """A finished training's numbers: `test_error` is the median over the last `report_epochs` epochs, never the best."""
+def summarize(training: Training) -> dict:
+    """A finished training's numbers: `test_error` is the median over the last `report_epochs`, never the best."""
+    history, recipe = training.progress.history, training.recipe
     last = history[-1]
     reported = [row["test_error"] for row in history[-recipe.report_epochs :]]
     return {
         "test_error": statistics.median(reported),
         "final_test_error": last["test_error"],
+        "test_error_by_statistics": error_by_statistics(
+            training.model, training.dataset, training.precision, recipe.batch_size, recipe.precise_images
+        ),
         "val_error": last["val_error"],
         "train_error": last["train_error"],
         "train_loss": last["train_loss"],
@@ -179,8 +184,8 @@ def peak_memory_mb(device: torch.device) -> float:
 def _end_epoch(training: Training, epoch: int) -> None:
     """Turn the epoch's sums into a row of the history."""
     progress, recipe, dataset = training.progress, training.recipe, training.dataset
-    last_epoch = math.ceil(training.total_steps / training.steps_per_epoch)
-    tested = epoch % recipe.test_every == 0 or epoch > last_epoch - recipe.report_epochs
+    tested = epoch % recipe.test_every == 0 or epoch > _num_epochs(training) - recipe.report_epochs
+    training.model.eval()
     test_loss, test_error = _finite(
         evaluate(training.model, dataset, dataset.test, training.precision) if tested else ()
     )
