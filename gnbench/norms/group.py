@@ -23,7 +23,8 @@ def group_norm(
         raise ValueError(f"exactly one of num_groups and channels_per_group is to be given, got {given}")
     for key, divisor in (("num_groups", num_groups), ("channels_per_group", channels_per_group)):
         if divisor is not None and (divisor < 1 or num_channels % divisor):
-            raise ValueError(f"{key}={divisor} does not divide {num_channels} channels")
+            legal = ", ".join(str(n) for n in range(1, num_channels + 1) if num_channels % n == 0)
+            raise ValueError(f"{key}={divisor} does not divide {num_channels} channels; legal: {legal}")
     return nn.GroupNorm(num_groups or num_channels // channels_per_group, num_channels, eps=eps)
 
 

@@ -1,0 +1,129 @@
+"""Models: golden parameter counts, shapes, and that nothing about them depends on which norm they are given."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gnbench
+from gnbench.build import channel_counts
+from gnbench.configs import choices, load_group
+from gnbench.errors import UserError
+
+NORMS = ["bn", "gn", "ln", "in"]
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "published_m"),
+    [
+        ("resnet8", 75_290, None),
+        ("resnet20", 269_722, 0.27),
+        ("resnet32", 464_154, 0.46),
+        ("resnet44", 658_586, 0.66),
+        ("resnet56", 853_018, 0.85),
+        ("resnet110", 1_727_962, 1.7),
+        ("resnet18", 11_173_962, None),
+        ("resnet34", 21_282_122, None),
+        ("resnet50", 23_520_842, None),
+    ],
+)
+def test_parameter_counts(name, parameters, published_m):
+    count = count_parameters(gnbench.model(name, norm="bn"))
+    assert count == parameters
+    if published_m:
+        assert float(f"{count / 1e6:.2g}") == published_m
+
+
+@pytest.mark.parametrize("name", choices("model"))
+@pytest.mark.parametrize("norm", ["bn", "in"])
+def test_every_model_maps_images_to_logits(name, norm):
+    if name in ("resnet34", "resnet50", "resnet110"):
+        images = torch.zeros(2, 3, 16, 16)
+    else:
+        images = torch.zeros(2, 3, 32, 32)
+    assert gnbench.model(name, norm=norm, num_classes=7)(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18"])
+def test_every_norm_gets_the_same_weights_from_the_same_seed(name):
+    def weights(norm: str, seed: int) -> torch.Tensor:
+        model = gnbench.model(name, norm=norm, seed=seed)
+        return torch.cat([p.flatten() for p in model.parameters() if p.ndim > 1])
+
+    reference = weights("bn", seed=3)
+    for norm in (*NORMS, "none"):
+        assert torch.equal(weights(norm, seed=3), reference)
+    assert not torch.equal(weights("bn", seed=4), reference)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_gamma_of_each_blocks_last_norm_starts_at_zero_whatever_the_norm(name, norm):
+    def zero_scales(**params: object) -> int:
+        model = gnbench.model(name, norm=norm, **params)
+        return sum(bool((p == 0).all()) for key, p in model.named_parameters() if p.ndim == 1 and "weight" in key)
+
+    assert zero_scales() == {"resnet8": 3, "resnet18": 8, "resnet50": 16}[name]
+    assert zero_scales(zero_init_residual=False) == 0
+
+
+def test_he_initialization_has_its_variance():
+    weight = gnbench.model("resnet18", norm="bn").layer4[1].conv2.weight
+    assert weight.var().item() == pytest.approx(2 / (512 * 9), rel=0.01)
+
+
+def test_option_a_shortcut_takes_every_second_position_and_pads_with_zeros():
+    block = gnbench.model("resnet8", norm="gn").eval().blocks[1]  # 16 -> 32 channels; its branch starts at zero
+    x = torch.rand(2, 16, 8, 8)
+    y = block(x)
+    assert torch.equal(y[:, :16], x[:, :, ::2, ::2])
+    assert torch.equal(y[:, 16:], torch.zeros(2, 16, 4, 4))
+
+
+def test_channel_counts_are_those_of_the_norms():
+    assert channel_counts(load_group("model", "resnet20", {}, {})) == [16, 32, 64]
+    assert channel_counts(load_group("model", "resnet50", {}, {})) == [64, 128, 256, 512, 1024, 2048]
+
+
+def test_what_cannot_be_built_is_refused_in_a_sentence():
+    with pytest.raises(UserError, match=r"norm=foo is not known: it is one of bn, gn, in, ln, none"):
+        gnbench.norm("foo")
+    with pytest.raises(UserError, match=r"model=foo is not known: it is one of resnet110"):
+        gnbench.model("foo")
+    with pytest.raises(UserError, match=r"norm\.groups is not known: norm=gn takes num_groups, channels_per_group"):
+        gnbench.norm("gn", groups=2)
+    with pytest.raises(UserError, match=r"on 16 channels \(model=resnet20 has norms on 16, 32, 64\): num_groups=32"):
+        gnbench.model("resnet20", norm=gnbench.norm("gn", num_groups=32))
+    with pytest.raises(ValueError, match="depth=21 is not 6n"):
+        gnbench.model("resnet20", depth=21)
+
+
+def test_a_norm_that_changes_the_shape_or_returns_nan_is_refused():
+    with pytest.raises(UserError, match=r"turns the shape \(4, 16, 4, 4\) into \(4, 16, 16\)"):
+        gnbench.model("resnet8", norm=lambda num_channels: nn.Flatten(2))
+    with pytest.raises(UserError, match="not finite"):
+        gnbench.model("resnet8", norm=lambda num_channels: nn.Threshold(1e9, float("nan")))
+
+
+def test_python_surface_takes_a_norm_from_its_file():
+    assert gnbench.norm("gn", num_groups=4)(16).num_groups == 4
+    assert gnbench.norm("gn")(16).num_groups == 8
+    assert gnbench.norm("gn", channels_per_group=2)(16).num_groups == 8
+    assert gnbench.norm("bn", norm_batch_size=2)(16).norm_batch_size == 2
+    assert gnbench.norm("bn")(16).norm_batch_size is None
+
+
+@pytest.mark.parametrize("path", ["train.py", "evaluate.py", "precise_bn.py", "models/resnet.py", "models/__init__.py"])
+def test_models_and_trainer_ask_no_norm_what_it_is(path):
+    source = (Path(gnbench.__file__).parent / path).read_text()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "isinstance":
+            assert "Norm" not in ast.unparse(node)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert node.value not in ("bn", "gn", "ln", "in")

@@ -1,0 +1,93 @@
+"""Population statistics against a naive float64 formula, and that measuring them changes nothing."""
+
+import copy
+
+import torch
+from test_train import finish, make_training
+from torch import nn
+
+from gnbench.evaluate import error_by_statistics, precise_images
+from gnbench.norms import BatchNorm
+from gnbench.precise_bn import batch_statistics, kept_statistics, layers_with_statistics, update_precise_statistics
+
+
+def make_batches(count: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.float64) * 2 + 1 for _ in range(count)]
+
+
+def make_model(norm_batch_size: int | None) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), BatchNorm(4, norm_batch_size), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)]
+    return nn.Sequential(*layers).double()
+
+
+def test_precise_statistics_are_the_pooled_moments_of_each_layers_input():
+    for norm_batch_size in (None, 2):
+        model, batches = make_model(norm_batch_size), make_batches()
+        first, second, relu, third, _ = (copy.deepcopy(layer) for layer in model)
+        update_precise_statistics(model, batches)
+        inputs_1 = [first(images) for images in batches]
+        plain = [nn.functional.batch_norm(x, None, None, second.weight, second.bias, training=True) for x in inputs_1]
+        inputs_2 = [third(relu(x)) for x in plain]
+        for layer, inputs in ((model[1], inputs_1), (model[4], inputs_2)):
+            values = torch.cat(inputs).transpose(0, 1).flatten(1)
+            torch.testing.assert_close(layer.running_mean, values.mean(1))
+            torch.testing.assert_close(layer.running_var, values.var(1, correction=0))
+        assert model[1].norm_batch_size == norm_batch_size
+
+
+def test_layers_are_found_by_what_they_keep():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2), BatchNorm(2), nn.BatchNorm2d(2, track_running_stats=False))
+    assert layers_with_statistics(model) == [model[0], model[2]]
+
+
+def test_batch_statistics_normalize_with_the_batch_and_leave_no_trace():
+    model = make_model(None)
+    images = make_batches(1)[0]
+    before = copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(model).train()(images)
+    model.eval()
+    with batch_statistics(model):
+        assert torch.equal(model(images), expected)
+    assert not any(layer.training for layer in model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_kept_statistics_come_back_after_an_update():
+    model = make_model(None)
+    before = copy.deepcopy(model.state_dict())
+    with kept_statistics(model):
+        update_precise_statistics(model, make_batches())
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_each_choice_of_statistics_has_its_error_and_the_model_stays():
+    training = finish(make_training("bn", epochs=1))
+    before = copy.deepcopy(training.model.state_dict())
+    errors = error_by_statistics(training.model, training.dataset, "float32", batch_size=8, num_precise_images=64)
+    assert list(errors) == ["ema", "precise", "batch"]
+    assert errors["ema"] == training.progress.history[-1]["test_error"]
+    again = error_by_statistics(training.model, training.dataset, "float32", batch_size=8, num_precise_images=64)
+    assert again == errors
+    for key, value in training.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_precise_statistics_repair_running_averages_that_are_wrong():
+    training = finish(make_training("bn", epochs=3))
+    for layer in layers_with_statistics(training.model):
+        layer.running_mean.fill_(50.0)
+    errors = error_by_statistics(training.model, training.dataset, "float32", batch_size=8, num_precise_images=96)
+    assert errors["ema"] > 50
+    assert errors["precise"] < 45
+    assert errors["batch"] < 45
+
+
+def test_precise_images_are_as_many_as_asked_or_as_there_are():
+    dataset = make_training().dataset
+    assert sum(len(images) for images in precise_images(dataset, 40)) == 40
+    assert sum(len(images) for images in precise_images(dataset, 10_000)) == 96
