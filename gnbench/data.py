@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gnbench.datasets import Images
+from gnbench.datasets.split import split_indices
 from gnbench.errors import UserError
 
 PAD = 4  # pixels on each side before a random crop, arXiv:1512.03385
@@ -68,37 +69,20 @@ def prepare(
     Raises:
         UserError: the sizes do not fit the training images, or `augment` is not known.
     """
-    available = len(images.train_labels)
-    if val_size < 0 or val_size >= available:
-        raise UserError(f"data.val_size={val_size} is not legal: it is 0 to {available - 1} of {images.name}")
-    most = available - val_size
-    if train_size is not None and not 1 <= train_size <= most:
-        raise UserError(f"data.train_size={train_size} is not legal: it is 1 to {most}, or null for all of them")
     if augment not in AUGMENTATIONS:
         raise UserError(f"data.augment={augment} is not legal: it is one of {', '.join(AUGMENTATIONS)}")
-    order = stratified_order(images.train_labels, split_seed)
-    chosen = np.sort(order[val_size:][:train_size])
-    pixels = images.train_images[chosen]
+    train, val = split_indices(images, train_size, val_size, split_seed)
+    pixels = images.train_images[train]
     mean, std = _pixel_statistics(pixels)
     return Dataset(
-        train=_split(pixels, images.train_labels[chosen], device),
-        val=_split(images.train_images[order[:val_size]], images.train_labels[order[:val_size]], device),
+        train=_split(pixels, images.train_labels[train], device),
+        val=_split(images.train_images[val], images.train_labels[val], device),
         test=_split(images.test_images, images.test_labels, device),
         num_classes=len(images.classes),
         mean=torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1),
         std=torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1),
         augment=augment,
     )
-
-
-def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A permutation of 0 ... N-1 of which every prefix holds the classes in nearly their overall proportions."""
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    place = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)  # evenly over (0, 1)
-    return np.lexsort((labels, place))
 
 
 def train_batches(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gnbench.configs import partial
 from gnbench.datasets import Images
+from gnbench.datasets.split import split_sizes
 from gnbench.errors import UserError
 from gnbench.recipe import Recipe
 from gnbench.record import FINISHED, RECORD, digest, load_record, run_name
@@ -58,11 +59,14 @@ def plan_run(config: dict, default_threads: int) -> Run:
         raise UserError(f"seed={config['seed']} is not legal: it is 0 or more")
     if config["checkpoint_s"] <= 0:
         raise UserError(f"checkpoint_s={config['checkpoint_s']} is not legal: it is a number of seconds above 0")
-    make_recipe(config)  # checks its values
+    recipe = make_recipe(config)
     _check_norm_batch_size(config)
     if "norm_batch_size" not in config["norm"]:  # one run serves the whole axis
         config["norm_batch_size"] = None
-    identity = digest(config, _fingerprint(json.dumps(config["data"])))
+    images = _images(json.dumps(config["data"]))
+    num_train, _ = split_sizes(images, config["data"]["train_size"], config["data"]["val_size"])
+    recipe.total_steps(num_train)  # there is at least one batch
+    identity = digest(config, images.fingerprint)
     return Run(config, identity, Path(config["results"]) / run_name(config, identity))
 
 
@@ -86,8 +90,8 @@ def load_images(node: dict, verify: bool = True) -> Images:
 
 
 @functools.cache  # a sweep plans hundreds of runs on one data set
-def _fingerprint(node_json: str) -> str:
-    return load_images(json.loads(node_json), verify=False).fingerprint
+def _images(node_json: str) -> Images:
+    return load_images(json.loads(node_json), verify=False)
 
 
 def num_cores() -> int:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny_data import load_tiny
 
 from gnbench import data
-from gnbench.data import PAD, crop, flip, prepare, stratified_order, train_batches
+from gnbench.data import PAD, crop, flip, prepare, train_batches
+from gnbench.datasets.split import stratified_order
 from gnbench.errors import UserError
 
 CPU = torch.device("cpu")

@@ -38,7 +38,9 @@ def test_precise_statistics_are_the_pooled_moments_of_each_layers_input():
 
 
 def test_layers_are_found_by_what_they_keep():
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2), BatchNorm(2), nn.BatchNorm2d(2, track_running_stats=False))
+    model = nn.Sequential(
+        nn.BatchNorm2d(2), nn.GroupNorm(1, 2), BatchNorm(2), nn.BatchNorm2d(2, track_running_stats=False)
+    )
     assert layers_with_statistics(model) == [model[0], model[2]]
 
 

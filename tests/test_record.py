@@ -47,7 +47,7 @@ def test_no_flipped_bit_and_no_truncation_is_accepted(tmp_path):
             assert load_record(path) == content, damaged  # white space between the values may differ
         except UserError:
             continue
-    for length in range(0, len(whole) - 1):
+    for length in range(len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError):
             load_record(path)

@@ -1,0 +1,242 @@
+"""The commands as processes: what they print, what they leave, and with which status they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TESTS, environment
+
+TINY = ("data=tiny", "model=resnet8", "epochs=2", "batch_size=8", "num_threads=1", "results=out")
+
+
+def records(directory: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("*/record.json"))]
+
+
+def start(directory: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "gnbench", "--config-dir", str(TESTS / "configs"), *words]
+    return subprocess.Popen(
+        command, cwd=directory, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
+    done = gnbench(*TINY, "norm=gn")
+    assert (done.returncode, done.stderr) == (0, "")
+    line, directory = done.stdout.splitlines()
+    assert line.startswith("gn batch_size=8 seed=0: test error ")
+    (record,) = records(tmp_path / "out")
+    assert directory == f"out/{record['run']}"
+    assert record["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("batch_size=0", "batch_size=0 is not legal: batch_size is 1 or more"),
+        ("batch_size=abc", "batch_size=abc is not legal: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("epochs=-1", "epochs=-1 is not legal: epochs is 1 or more"),
+        ("batchsize=2", "batchsize is not a key; did you mean batch_size?"),
+        ("norm=foo", "norm=foo is not known: it is one of bn, gn, in, "),
+        ("model=foo", "model=foo is not known: it is one of resnet110,"),
+        ("data=foo", "data=foo is not known: it is one of cifar10, cifar100, image_folder, tiny"),
+        ("sweep=foo", "sweep=foo is not known: it is one of batch_size,"),
+        (
+            "norm=gn norm.num_groups=32 model=resnet20",
+            "cannot be built on 16 channels (model=resnet20 has norms on 16, 32",
+        ),
+        ("norm=gn norm.num_groups=4 norm.channels_per_group=2", "exactly one of num_groups and channels_per_group"),
+        ("norm=bn norm.num_groups=4", "norm.num_groups is not a key"),
+        ("data=cifar10 data.root=/nowhere", "cifar10 is not in /nowhere/cifar10; run: "),
+        ("data=image_folder", "data.root has no value: give it one, as in data.root=..."),
+        ("data=image_folder data.root=/nowhere", "/nowhere"),
+        ("data.train_size=1000", "data.train_size=1000 is not legal: it is 1 to 96"),
+        ("batch_size=128", "batch_size=128 is not legal: batch_size is at most the 96 training images"),
+        ("device=cuda:99", "device=cuda:99 is not to be had here"),
+        ("batch_size", "batch_size cannot be read as key=value"),
+        ("norm_batch_size=4,0", "norm_batch_size=0 is not legal"),
+        ("norm=gn norm.num_groups=2,3", "num_groups=3 does not divide 16 channels; legal: 1, 2, 4, 8, 16"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_a_status(gnbench, tmp_path, words, sentence):
+    refused = gnbench(*(["-m"] if "," in words else []), *TINY, *words.split())
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("gnbench: ")
+    assert sentence in line
+    assert not records(tmp_path / "out"), "nothing is trained before the whole grid is legal"
+
+
+def test_a_grid_runs_each_cell_once_and_then_nothing(gnbench, tmp_path):
+    grid = ("-m", *TINY, "norm=bn,gn", "norm_batch_size=2,4", "seed=0,1")
+    first = gnbench(*grid)
+    assert (first.returncode, first.stderr) == (0, "")
+    lines = first.stdout.splitlines()
+    assert lines[0] == "6 runs (8 cells; some are one and the same run): 0 finished, 6 to do"
+    assert [line.split("]")[0] for line in lines[1:]] == [f"[{n}/6" for n in range(1, 7)]
+    assert "5 left, about " in lines[1]
+    assert "all in " in lines[-1]
+    assert len(records(tmp_path / "out")) == 6
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/record.json")}
+    second = gnbench(*grid)
+    assert second.stdout.splitlines() == ["6 runs (8 cells; some are one and the same run): 6 finished, 0 to do"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/record.json")} == before
+
+
+def test_launchers_and_a_single_run_give_the_same_records(gnbench, tmp_path):
+    def numbers(directory: str) -> list:
+        return [(r["digest"], [row["train_loss"] for row in r["history"]]) for r in records(tmp_path / directory)]
+
+    words = (*TINY[:-1], "norm=bn,gn", "batch_size=4")
+    assert gnbench("-m", *words, "results=cores").returncode == 0
+    assert gnbench("-m", *words, "results=basic", "hydra/launcher=basic").returncode == 0
+    for norm in ("bn", "gn"):
+        assert gnbench(*TINY[:-1], f"norm={norm}", "batch_size=4", "results=single").returncode == 0
+    assert len(numbers("cores")) == 2
+    assert numbers("cores") == numbers("basic") == numbers("single")
+
+
+def test_the_command_line_wins_over_a_sweep_file(gnbench, tmp_path):
+    done = gnbench(
+        "sweep=batch_size", *TINY[:-2], "norm=gn", "batch_size=8,4", "seed=0", "num_threads=1", "max_steps=2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(record["config"]["batch_size"] for record in records(tmp_path / "results/batch_size")) == [4, 8]
+
+
+def test_a_failed_run_fails_the_command_and_not_the_others(gnbench, tmp_path):
+    words = ("-m", *TINY, "norm=gn", "seed=0,1,2", "data._target_=tiny_data.load_tiny")
+    bad = tmp_path / "out"
+    done = gnbench(*words)
+    assert done.returncode == 0
+    victim = records(bad)[1]["run"]
+    (bad / victim / "record.json").unlink()
+    (bad / victim / "record.json").mkdir()  # nothing can be written there
+    for run in (records_path for records_path in bad.iterdir() if records_path.name != victim):
+        (run / "record.json").unlink()
+    failed = gnbench(*words)
+    assert failed.returncode == 1
+    assert "gnbench: 1 of 3 runs failed; the others are kept" in failed.stderr
+    assert f"{victim}: " in failed.stderr
+    assert f"log: out/{victim}/run.log" in failed.stderr
+    (bad / victim / "record.json").rmdir()
+    assert gnbench(*words).stdout.splitlines()[0] == "3 runs: 2 finished, 1 to do"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_at_a_step_and_the_run_goes_on_from_there(gnbench, tmp_path, number, status):
+    words = (*TINY, "norm=bn", "epochs=30")
+    process = start(tmp_path, *words)
+    wait_for(lambda: any(record["history"] for record in records(tmp_path / "out")))
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    (record,) = records(tmp_path / "out")
+    assert record["status"] == "interrupted"
+    assert (tmp_path / "out" / record["run"] / "checkpoint.pt").exists()
+    assert gnbench(*words).returncode == 0
+    assert gnbench(*words, "results=whole").returncode == 0
+    (resumed,), (whole,) = records(tmp_path / "out"), records(tmp_path / "whole")
+    assert "goes on from step" in (tmp_path / "out" / record["run"] / "run.log").read_text()
+    assert [row["train_loss"] for row in resumed["history"]] == [row["train_loss"] for row in whole["history"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_sweep_takes_its_processes_with_it_and_resumes(gnbench, tmp_path, number):
+    words = ("-m", *TINY, "norm=bn", "epochs=12", "seed=0,1,2", "checkpoint_s=0.2")
+    process = start(tmp_path, *words)
+    wait_for(lambda: sum(bool(record["history"]) for record in records(tmp_path / "out")) >= 2)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    locks = list((tmp_path / "out").glob("*/.lock"))
+    wait_for(lambda: all(_is_free(lock) for lock in locks))
+    assert gnbench(*words).returncode == 0
+    assert [record["status"] for record in records(tmp_path / "out")] == ["done"] * 3
+    assert gnbench(*words, "results=whole", "hydra/launcher=basic").returncode == 0
+    losses = [[[row["train_loss"] for row in r["history"]] for r in records(tmp_path / d)] for d in ("out", "whole")]
+    assert losses[0] == losses[1]
+
+
+def _is_free(lock: Path) -> bool:
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(lock).acquire(timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
+def test_a_killed_process_loses_its_own_run_only_and_is_tried_once_more(gnbench, tmp_path):
+    words = ("-m", *TINY, "norm=killer", "norm.fuse=fuse", "seed=0,1")
+    (tmp_path / "fuse").write_text("")
+    done = gnbench(*words)
+    assert done.returncode == 0, done.stderr
+    assert "a run's process ended with signal SIGKILL; trying it once more" in done.stdout
+    assert [record["status"] for record in records(tmp_path / "out")] == ["done"] * 2
+
+
+def test_two_sweeps_at_once_train_each_run_once(tmp_path):
+    words = ("-m", *TINY, "norm=gn", "epochs=4", "seed=0,1,2,3")
+    both = [start(tmp_path, *words) for _ in range(2)]
+    outputs = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    logs = [path.read_text() for path in tmp_path.glob("out/*/run.log")]
+    assert [log.count("epoch 1:") for log in logs] == [1] * 4
+    assert [record["status"] for record in records(tmp_path / "out")] == ["done"] * 4
+
+
+def test_help_and_analysis_do_not_wait_for_torch():
+    for code in (
+        "import gnbench.cli, sys; assert 'torch' not in sys.modules",
+        "import gnbench.analysis.report, sys; assert 'torch' not in sys.modules",
+        "import gnbench, sys; gnbench.load; gnbench.figures; assert 'torch' not in sys.modules",
+        "import gnbench, sys; assert not {'torch', 'pandas', 'matplotlib', 'hydra'} & set(sys.modules)",
+    ):
+        subprocess.run([sys.executable, "-c", code], env=environment(), check=True, cwd=ROOT)
+
+
+def test_help_lists_choices_keys_and_commands(gnbench):
+    shown = gnbench("--help")
+    assert shown.returncode == 0
+    for words in ("norm: bn, gn, in, ", "gnbench sweep=batch_size", "batch_size: 128", "gnbench-report"):
+        assert words in shown.stdout
+
+
+def test_tab_completion_knows_the_norms():
+    env = environment({"COMP_LINE": "gnbench norm=", "COMP_CWORD": "1"})
+    command = [sys.executable, "-m", "gnbench", "-sc", "query=bash"]
+    completed = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "norm=bn" in completed.stdout.split()
+
+
+def test_installed_from_a_wheel_the_configs_come_along(tmp_path):
+    wheel = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )  # fmt: skip
+    assert wheel.returncode == 0, wheel.stderr
+    (path,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(path), str(site)], check=True)
+    code = "import gnbench.configs as c; print(c.CONFIGS); print(c.choices('norm'), c.choices('sweep'))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    ).stdout  # fmt: skip
+    assert shown.splitlines()[0] == str(site / "gnbench" / "configs")
+    assert "'gn'" in shown
+    assert "'batch_size'" in shown

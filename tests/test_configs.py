@@ -1,0 +1,68 @@
+"""Every config file composes, is read in full, and means what it says."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+from omegaconf import OmegaConf
+
+from gnbench.cli import Config
+from gnbench.configs import CONFIGS, choices, load_group, partial
+from gnbench.plan import SPLIT_KEYS, plan_run
+from gnbench.recipe import Recipe
+
+CONTEXT = {"norm_batch_size": 4}
+
+
+def test_configs_are_those_of_the_repository():
+    assert CONFIGS == ROOT / "configs"
+
+
+@pytest.mark.parametrize("name", choices("norm"))
+def test_every_norm_is_built_by_its_file_and_keeps_the_shape(name):
+    node = load_group("norm", name, {}, CONTEXT)
+    assert node["name"] == name
+    norm = partial(node)(16)
+    assert norm(torch.randn(4, 16, 3, 3)).shape == (4, 16, 3, 3)
+
+
+@pytest.mark.parametrize("group", ["norm", "model", "data"])
+def test_every_key_of_a_file_is_a_parameter_of_its_target(group):
+    for name in choices(group):
+        node = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"), resolve=False)
+        target = partial({"name": name, "_target_": node["_target_"]}).func
+        known = {"_target_", "name", *inspect.signature(target).parameters, *(SPLIT_KEYS if group == "data" else ())}
+        assert set(node) <= known, f"{group}/{name}.yaml"
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model_composes_under_its_own_name(name):
+    assert tiny_config(f"model={name}")["model"]["name"] == name
+
+
+@pytest.mark.parametrize("name", choices("sweep"))
+def test_every_sweep_is_legal_along_every_axis(name):
+    sweep = OmegaConf.load(CONFIGS / "sweep" / f"{name}.yaml")
+    assert sweep.hydra.mode == "MULTIRUN"
+    assert sweep.results == f"results/{name}"
+    axes = {key: str(values).split(",") for key, values in sweep.hydra.sweeper.params.items()}
+    assert any(len(values) > 1 for values in axes.values())
+    for key, values in axes.items():
+        for value in values:
+            cell = {**{other: first for other, (first, *_) in axes.items()}, key: value}
+            plan_run(tiny_config(*(f"{k}={v}" for k, v in cell.items())), default_threads=1)
+
+
+def test_the_schema_and_the_main_file_have_no_key_that_nobody_reads():
+    composed = set(tiny_config())
+    assert composed == {field.name for field in fields(Config)}
+    source = "".join(path.read_text() for path in (ROOT / "gnbench").rglob("*.py"))
+    for field in fields(Recipe):
+        assert source.count(f".{field.name}") + source.count(f'"{field.name}"') >= 1, field.name
+
+
+def test_group_norms_groups_give_way_to_channels_per_group():
+    assert tiny_config("norm=gn")["norm"]["num_groups"] == 8
+    assert tiny_config("norm=gn", "norm.channels_per_group=2")["norm"]["num_groups"] is None

@@ -1,0 +1,186 @@
+"""A run's life in its directory: skipped, resumed, left alone, diverged, failed."""
+
+import logging
+
+import pytest
+import torch
+from conftest import tiny_config
+from filelock import FileLock
+
+from gnbench import run as run_module
+from gnbench.checkpoint import CURRENT, PREVIOUS, load_checkpoint, save_checkpoint
+from gnbench.errors import UserError
+from gnbench.plan import Run, plan_run
+from gnbench.record import load_record, save_record
+from gnbench.run import check_runs, choose_device, execute
+
+
+def plan(tmp_path, *words: str) -> Run:
+    return plan_run(tiny_config(f"results={tmp_path}", *words), default_threads=1)
+
+
+def stable(record: dict) -> dict:
+    """A record without its times, as two runs of one command agree on it."""
+    kept = {key: value for key, value in record.items() if key not in ("schema", "sha256", "environment")}
+    drop = ("time_s", "peak_memory_mb")
+    kept["history"] = [{k: v for k, v in row.items() if k not in drop} for row in record["history"]]
+    kept["result"] = record["result"] and {k: v for k, v in record["result"].items() if k not in drop}
+    return kept
+
+
+def test_a_run_leaves_its_record_and_nothing_unfinished(tmp_path):
+    run = plan(tmp_path)
+    record = execute(run)
+    assert record["status"] == "done"
+    assert load_record(run.directory / "record.json")["result"] == record["result"]
+    assert sorted(path.name for path in run.directory.iterdir()) == [".lock", "record.json", "run.log"]
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["num_parameters"] == 74_835  # resnet8 with 3 classes
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    run = plan(tmp_path)
+    record = execute(run)
+    monkeypatch.setattr(run_module, "train", pytest.fail)
+    assert stable(execute(run)) == stable(record)
+
+
+def test_the_same_config_gives_the_same_record(tmp_path):
+    one, other = (execute(plan(tmp_path / name)) for name in ("a", "b"))
+    one["config"]["results"] = other["config"]["results"]
+    assert stable(one) == stable(other)
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_a_run_stopped_by_a_signal_goes_on_where_it_was(tmp_path, monkeypatch, norm):
+    whole = execute(plan(tmp_path / "whole", f"norm={norm}"))
+    run = plan(tmp_path / "cut", f"norm={norm}")
+    train = run_module.train
+
+    def train_until_step_7(training, pause):
+        def stop_and_pause():
+            if training.progress.step == 7:
+                pause.stop.append(15)
+            pause()
+
+        train(training, stop_and_pause)
+
+    monkeypatch.setattr(run_module, "train", train_until_step_7)
+    with pytest.raises(run_module.Interrupted):
+        execute(run)
+    assert load_record(run.directory / "record.json")["status"] == "interrupted"
+    assert load_checkpoint(run.directory)["progress"]["step"] == 7
+    monkeypatch.setattr(run_module, "train", train)
+    record = execute(run)
+    record["config"]["results"] = whole["config"]["results"]
+    assert stable(record) == stable(whole)
+    assert not (run.directory / CURRENT).exists()
+
+
+def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
+    run = plan(tmp_path)
+    run.directory.mkdir(parents=True)
+    with FileLock(run.directory / ".lock"):
+        assert execute(run)["status"] == "running"
+    assert not (run.directory / "record.json").exists()
+
+
+def test_a_diverged_run_is_a_result_and_is_kept(tmp_path, monkeypatch):
+    run = plan(tmp_path, "norm=none", "base_lr=1e30", "schedule=constant")
+    record = execute(run)
+    assert (record["status"], record["result"]) == ("diverged", None)
+    assert "not finite" in record["cause"]
+    monkeypatch.setattr(run_module, "train", pytest.fail)
+    assert execute(run)["status"] == "diverged"
+
+
+def test_a_failed_run_says_why_and_is_tried_again(tmp_path, monkeypatch):
+    run = plan(tmp_path)
+
+    def break_down(*_):
+        raise ZeroDivisionError("the cause")
+
+    train = run_module.train
+    monkeypatch.setattr(run_module, "train", break_down)
+    with pytest.raises(ZeroDivisionError):
+        execute(run)
+    record = load_record(run.directory / "record.json")
+    assert (record["status"], record["cause"]) == ("failed", "ZeroDivisionError: the cause")
+    assert "Traceback" in (run.directory / "run.log").read_text()
+    monkeypatch.setattr(run_module, "train", train)
+    assert execute(run)["status"] == "done"
+
+
+def test_a_damaged_record_does_not_count_as_finished(tmp_path):
+    run = plan(tmp_path)
+    execute(run)
+    path = run.directory / "record.json"
+    path.write_bytes(path.read_bytes().replace(b'"done"', b'"dome"'))
+    assert not run.is_finished()
+    assert execute(run)["status"] == "done"
+    assert run.is_finished()
+
+
+def test_a_record_of_another_config_does_not_count(tmp_path):
+    run = plan(tmp_path)
+    record = execute(run)
+    save_record(run.directory / "record.json", {**record, "digest": "other"})
+    assert not run.is_finished()
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, caplog):
+    save_checkpoint(tmp_path, {"step": 1, "weights": torch.arange(9.0)})
+    save_checkpoint(tmp_path, {"step": 2, "weights": torch.arange(9.0)})
+    assert load_checkpoint(tmp_path)["step"] == 2
+    damaged = bytearray((tmp_path / CURRENT).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / CURRENT).write_bytes(damaged)
+    with caplog.at_level(logging.WARNING):
+        assert load_checkpoint(tmp_path)["step"] == 1
+    assert "does not match its checksum" in caplog.text
+    assert (tmp_path / "checkpoint.pt.corrupt").read_bytes() == damaged
+    (tmp_path / PREVIOUS).write_bytes(b"short")
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_identity_knows_which_norm_uses_the_normalization_batch(tmp_path):
+    def identities(norm: str) -> set[str]:
+        return {plan(tmp_path, f"norm={norm}", f"norm_batch_size={size}").digest for size in (1, 2, 4, 8)}
+
+    assert len(identities("bn")) == 4
+    assert len(identities("gn")) == 1
+    assert plan(tmp_path, "norm=gn", "norm_batch_size=2").config["norm_batch_size"] is None
+
+
+def test_threads_are_the_callers_unless_they_are_named(tmp_path):
+    assert plan_run(tiny_config("num_threads=auto"), default_threads=3).config["num_threads"] == 3
+    assert plan_run(tiny_config("num_threads=2"), default_threads=3).config["num_threads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["num_threads=0"], "num_threads=0 is not legal: it is auto, or"),
+        (["num_threads=many"], "num_threads=many is not legal"),
+        (["seed=-1"], "seed=-1 is not legal"),
+        (["precision=fp8"], "precision=fp8 is not legal: it is one of float32, tf32, bf16"),
+        (["checkpoint_s=0"], "checkpoint_s=0"),
+        (["norm_batch_size=3"], "norm_batch_size=3 is not legal: it divides batch_size=8, so it is one of 1, 2, 4, 8"),
+        (["epochs=0"], "epochs=0 is not legal: epochs is 1 or more"),
+        (["norm._target_=nowhere.Norm"], r"_target_=nowhere\.Norm of bn cannot be imported: No module named 'nowhere'"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_before_training(words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_runs([plan_run(tiny_config(*words), default_threads=1)])
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match=f"device={name} is not to be had here"):
+        choose_device(name, "float32")
+
+
+def test_tf32_is_for_gpus():
+    with pytest.raises(UserError, match="precision=tf32 is not legal on device=cpu"):
+        choose_device("cpu", "tf32")
