@@ -49,7 +49,7 @@ def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
         ("batch_size=abc", "batch_size=abc is not legal: Value 'abc' of type 'str' could not be converted to Integer"),
         ("epochs=-1", "epochs=-1 is not legal: epochs is 1 or more"),
         ("batchsize=2", "batchsize is not a key; did you mean batch_size?"),
-        ("norm=foo", "norm=foo is not known: it is one of bn, gn, in, "),
+        ("norm=foo", "norm=foo is not known: it is one of bn, brn, gn, in, "),
         ("model=foo", "model=foo is not known: it is one of resnet110,"),
         ("data=foo", "data=foo is not known: it is one of cifar10, cifar100, image_folder, tiny"),
         ("sweep=foo", "sweep=foo is not known: it is one of batch_size,"),
@@ -212,7 +212,7 @@ def test_help_and_analysis_do_not_wait_for_torch():
 def test_help_lists_choices_keys_and_commands(gnbench):
     shown = gnbench("--help")
     assert shown.returncode == 0
-    for words in ("norm: bn, gn, in, ", "gnbench sweep=batch_size", "batch_size: 128", "gnbench-report"):
+    for words in ("norm: bn, brn, gn, in, ", "gnbench sweep=batch_size", "batch_size: 128", "gnbench-report"):
         assert words in shown.stdout
 
 

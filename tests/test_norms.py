@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gnbench.norms import BatchNorm, group_norm, instance_norm, layer_norm, no_norm
+from gnbench.norms import BatchNorm, BatchRenorm, group_norm, instance_norm, layer_norm, no_norm
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -89,6 +89,45 @@ def test_a_batch_that_does_not_divide_has_workers_of_one_size(batch_size, worker
     norm = with_random_affine(BatchNorm(2, norm_batch_size=4))
     sets = [(slice(w, None, workers), c) for w in range(workers) for c in range(2)]
     torch.testing.assert_close(norm(x), normalize_sets(x, sets, norm))
+
+
+@pytest.mark.parametrize("norm_batch_size", [None, 3])
+def test_batch_renorm_is_its_formula(norm_batch_size):
+    norm = with_random_affine(BatchRenorm(2, norm_batch_size, r_max=1.5, d_max=0.5))
+    for step in range(3):
+        x = randn(6, 2, 3, 3, seed=step) * (1 + step)
+        running_mean, running_std = norm.running_mean.clone(), (norm.running_var + 1e-5).sqrt()
+        workers = 6 // (norm_batch_size or 6)
+        expected = torch.empty_like(x)
+        for w in range(workers):
+            for c in range(2):
+                values = x[w::workers, c]
+                mean, std = values.mean(), (values.var(correction=0) + 1e-5).sqrt()
+                r = min(max(float(std / running_std[c]), 1 / 1.5), 1.5)
+                d = min(max(float((mean - running_mean[c]) / running_std[c]), -0.5), 0.5)
+                expected[w::workers, c] = norm.weight[c] * ((values - mean) / std * r + d) + norm.bias[c]
+        torch.testing.assert_close(norm(x), expected)
+
+
+def test_batch_renorm_without_room_is_batch_norm_and_holds_its_corrections_constant():
+    x = randn(4, 2, 3, 3)
+    bn, renorm = BatchNorm(2).double(), BatchRenorm(2, r_max=1, d_max=0).double()
+    assert torch.equal(renorm(x), bn(x))
+    assert torch.equal(renorm.eval()(x), bn.eval()(x))
+    plain, corrected = BatchNorm(2).double(), BatchRenorm(2).double()
+    one, other = (x.clone().requires_grad_() for _ in range(2))
+    weights = randn(4, 2, 3, 3, seed=5)
+    (plain(one) * weights).sum().backward()
+    (corrected(other) * weights).sum().backward()
+    var = x.var((0, 2, 3), correction=0)
+    r = ((var + 1e-5) / (1 + 1e-5)).sqrt().clamp(1 / 1.5, 1.5)
+    torch.testing.assert_close(other.grad, one.grad * r[:, None, None])
+
+
+@pytest.mark.parametrize("params", [{"r_max": 0.5}, {"d_max": -1}])
+def test_batch_renorm_refuses_bounds_that_exclude_batch_norm(params):
+    with pytest.raises(ValueError, match="r_max"):
+        BatchRenorm(2, **params)
 
 
 def test_layer_norm_is_group_norm_with_one_group_and_torchs_over_all_of_an_image():

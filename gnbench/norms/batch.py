@@ -47,13 +47,21 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         workers = self._num_workers(len(x)) if self.training else 1
         if workers == 1:
-            return self._normalize(x, self.running_mean, self.running_var, self.weight, self.bias)
-        means, variances = self.running_mean.repeat(workers), self.running_var.repeat(workers)
+            weight, bias = self._affine(x, workers)
+            return self._normalize(x, self.running_mean, self.running_var, weight, bias)
         grouped = x.reshape(len(x) // workers, -1, *x.shape[2:])  # (N, C, H, W') -> (NBS, W * C, H, W')
-        y = self._normalize(grouped, means, variances, self.weight.repeat(workers), self.bias.repeat(workers))
+        means, variances = self.running_mean.repeat(workers), self.running_var.repeat(workers)
+        weight, bias = self._affine(grouped, workers)
+        y = self._normalize(grouped, means, variances, weight, bias)
         self.running_mean.copy_(means.view(workers, -1).mean(0))
         self.running_var.copy_(variances.view(workers, -1).mean(0))
         return y.view_as(x)
+
+    def _affine(self, grouped: Tensor, workers: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each worker's channels (W * C,); `grouped` is what they will be applied to."""
+        if workers == 1:
+            return self.weight, self.bias
+        return self.weight.repeat(workers), self.bias.repeat(workers)
 
     def _num_workers(self, batch_size: int) -> int:
         if self.norm_batch_size is None:
@@ -66,3 +74,47 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, norm_batch_size={self.norm_batch_size}, eps={self.eps}, momentum={self.momentum}"
+
+
+class BatchRenorm(BatchNorm):
+    """Batch Renormalization (arXiv:1702.03275): BN whose training output is drawn towards what evaluation will give.
+
+    y = gamma * ((x - mean) / std * r + d) + beta, with r = clip(std / running_std, 1/r_max, r_max) and
+    d = clip((mean - running_mean) / running_std, -d_max, d_max), held constant in the backward pass. Statistics,
+    normalization batches and evaluation are those of `BatchNorm`; r_max = 1 and d_max = 0 make it BN.
+
+    Args:
+        r_max, d_max: bounds of the corrections; 1.5 and 0.5 are those of arXiv:1803.08494, section 4.1.
+
+    Raises:
+        ValueError: r_max is below 1, d_max below 0, or norm_batch_size below 1.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        norm_batch_size: int | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        r_max: float = 1.5,
+        d_max: float = 0.5,
+    ) -> None:
+        super().__init__(num_channels, norm_batch_size, eps, momentum)
+        if r_max < 1 or d_max < 0:
+            raise ValueError(f"r_max={r_max} is to be 1 or more and d_max={d_max} 0 or more")
+        self.r_max = r_max
+        self.d_max = d_max
+
+    def _affine(self, grouped: Tensor, workers: int) -> tuple[Tensor, Tensor]:
+        weight, bias = super()._affine(grouped, workers)
+        if not self.training:
+            return weight, bias
+        with torch.no_grad():
+            var, mean = torch.var_mean(grouped, (0, 2, 3), correction=0)
+            running_std = (self.running_var + self.eps).sqrt().repeat(workers)
+            r = ((var + self.eps).sqrt() / running_std).clamp(1 / self.r_max, self.r_max)
+            d = ((mean - self.running_mean.repeat(workers)) / running_std).clamp(-self.d_max, self.d_max)
+        return weight * r, weight * d + bias
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"

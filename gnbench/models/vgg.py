@@ -1,0 +1,37 @@
+"""VGG-16 for images of 32 x 32, with a norm after every convolution."""
+
+from torch import Tensor, nn
+
+from gnbench.models import NormFactory
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # configuration D
+
+
+class VGG(nn.Module):
+    """Thirteen 3 x 3 convolutions in five stages (arXiv:1409.1556), each halved by max-pooling, and one classifier.
+
+    The convolutions keep their biases whatever the norm. `response` is what the last activation is given.
+    """
+
+    def __init__(self, norm: NormFactory, num_classes: int) -> None:
+        super().__init__()
+        layers, in_channels = [], 3
+        for stage in STAGES:
+            for channels in stage:
+                layers += [nn.Conv2d(in_channels, channels, 3, padding=1), norm(channels), nn.ReLU(inplace=True)]
+                in_channels = channels
+            layers.append(nn.MaxPool2d(2))
+        *before, relu, pool = layers
+        self.features = nn.Sequential(*before)
+        self.response = nn.Identity()
+        self.last = nn.Sequential(relu, pool)
+        self.classifier = nn.Linear(in_channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.last(self.response(self.features(images)))  # (N, 3, 32, 32) -> (N, 512, 1, 1)
+        return self.classifier(x.mean((2, 3)))
+
+
+def vgg16(norm: NormFactory, num_classes: int) -> nn.Module:
+    """VGG-16 (arXiv:1409.1556) with a norm after every convolution and a single linear classifier."""
+    return VGG(norm, num_classes)
