@@ -17,6 +17,7 @@ CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 OmegaConf.register_new_resolver(
     "unless", lambda given, default: default if given is None else None, replace=True
 )  # ${unless:${.a},8}: 8, unless `a` is given
+OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
 
 
 def choices(group: str) -> list[str]:

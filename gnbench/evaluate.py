@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gnbench.data import Dataset, Split, train_batches
 from gnbench.precise_bn import batch_statistics, kept_statistics, layers_with_statistics, update_precise_statistics
 
+PERCENTILES = (1, 20, 80, 99)  # of responses, as arXiv:1803.08494, Figure 6
 BATCH_SIZE = 1000  # images; fixed, so that the rounding of an error does not depend on the recipe
 
 
@@ -50,6 +51,20 @@ def precise_images(dataset: Dataset, num_images: int) -> list[Tensor]:
     batch_size = min(BATCH_SIZE, num_images, len(dataset.train))
     batches = train_batches(dataset, batch_size, drop_last=True, seed=0, epoch=0)
     return [images for _, (images, _) in zip(range(max(1, num_images // batch_size)), batches, strict=False)]
+
+
+@torch.no_grad()
+def response_percentiles(model: nn.Module, dataset: Dataset, name: str, precision: str) -> list[float]:
+    """PERCENTILES of the output of the module `name` over the first batch of shuffled test images, in evaluation."""
+    responses = []
+    hook = model.get_submodule(name).register_forward_hook(lambda _, __, output: responses.append(output))
+    test = _shuffled(dataset.test)
+    try:
+        evaluate(model, dataset, Split(test.images[:BATCH_SIZE], test.labels[:BATCH_SIZE]), precision)
+    finally:
+        hook.remove()
+    values = torch.cat(responses).float().cpu().numpy()
+    return [float(value) for value in np.percentile(values, PERCENTILES)]
 
 
 def _shuffled(split: Split) -> Split:

@@ -24,10 +24,12 @@ NOT_IDENTITY = ("results", "device", "checkpoint_s")
 def digest(config: dict, data_fingerprint: str) -> str:
     """Hex SHA-256 of everything in a resolved config that can change a run's numbers, and of the images' content.
 
-    `norm_batch_size` at the top level does not count: a norm that uses it carries it in its own parameters.
+    `norm_batch_size` at the top level does not count: a norm that uses it carries it in its own parameters. A key
+    without a value asks for nothing and does not count either, so that a new optional key leaves finished runs so.
     """
     identity = {key: value for key, value in config.items() if key not in (*NOT_IDENTITY, "norm_batch_size")}
     identity["data"] = {key: value for key, value in config["data"].items() if key not in ("root", "cache")}
+    identity = _drop_none(identity)
     return hashlib.sha256(_canonical([SCHEMA, data_fingerprint, identity])).hexdigest()
 
 
@@ -95,6 +97,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}{_free_space(path.parent)}") from error
+
+
+def _drop_none(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _drop_none(inner) for key, inner in value.items() if inner is not None}
+    return value
 
 
 def _canonical(content: object) -> bytes:

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnbench.data import Dataset, train_batches
-from gnbench.evaluate import error_by_statistics, evaluate
+from gnbench.evaluate import error_by_statistics, evaluate, response_percentiles
 from gnbench.precise_bn import layers_with_statistics
 from gnbench.recipe import Recipe
 
+RESPONSE = "response"  # a model's module of this name has the percentiles of its output recorded
 STEPS_PER_CHECK = 100  # between two looks at the loss: a look makes a GPU wait
 
 
@@ -183,15 +184,8 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def _end_epoch(training: Training, epoch: int) -> None:
     """Turn the epoch's sums into a row of the history."""
-    progress, recipe, dataset = training.progress, training.recipe, training.dataset
+    progress, recipe = training.progress, training.recipe
     tested = epoch % recipe.test_every == 0 or epoch > _num_epochs(training) - recipe.report_epochs
-    training.model.eval()
-    test_loss, test_error = _finite(
-        evaluate(training.model, dataset, dataset.test, training.precision) if tested else ()
-    )
-    _, val_error = _finite(
-        evaluate(training.model, dataset, dataset.val, training.precision) if len(dataset.val) else ()
-    )
     progress.history.append(
         {
             "epoch": epoch,
@@ -199,19 +193,24 @@ def _end_epoch(training: Training, epoch: int) -> None:
             "lr": training.optimizer.param_groups[0]["lr"],
             "train_loss": float(progress.loss_sum) / progress.num_images,
             "train_error": 100 * int(progress.num_errors) / progress.num_images,
-            "test_loss": test_loss,
-            "test_error": test_error,
-            "val_error": val_error,
+            **_measure(training, tested),
             "time_s": progress.time_s,
-            "peak_memory_mb": peak_memory_mb(dataset.mean.device),
+            "peak_memory_mb": peak_memory_mb(training.dataset.mean.device),
         }
     )
     progress.loss_sum, progress.num_errors, progress.num_images, progress.time_s = 0.0, 0, 0, 0.0
 
 
-def _finite(measured: tuple[float, ...]) -> tuple[float | None, float | None]:
-    """(loss, error) as JSON takes it: what was not measured, or a loss that is not finite, is None."""
-    if not measured:
-        return None, None
-    loss, error = measured
-    return (loss if math.isfinite(loss) else None), error
+def _measure(training: Training, tested: bool) -> dict:
+    """What an epoch's row says of images that are not trained on; None is what was not measured."""
+    model, dataset, precision = training.model.eval(), training.dataset, training.precision
+    row = {"test_loss": None, "test_error": None, "val_error": None}
+    if tested:
+        row["test_loss"], row["test_error"] = evaluate(model, dataset, dataset.test, precision)
+    if tested and hasattr(model, RESPONSE):
+        row["response_percentiles"] = response_percentiles(model, dataset, RESPONSE, precision)
+    if len(dataset.val):
+        _, row["val_error"] = evaluate(model, dataset, dataset.val, precision)
+    if row["test_loss"] is not None and not math.isfinite(row["test_loss"]):
+        row["test_loss"] = None  # JSON has no infinity
+    return row

@@ -122,6 +122,7 @@ def test_what_cannot_change_a_number_is_not_in_the_digest():
         assert digest({**config, key: "changed"}, "data") == original
     assert digest({**config, "data": {**config["data"], "root": "/a"}}, "data") == original
     assert digest(dict(reversed(config.items())), "data") == original
+    assert digest({**config, "a_new_key": None, "norm": {**config["norm"], "another": None}}, "data") == original
 
 
 def test_a_run_is_named_after_what_a_reader_looks_for():

@@ -4,6 +4,7 @@ import copy
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,22 @@ def test_a_loss_that_is_not_finite_ends_the_training(steps):
     training = make_training("none", epochs=20, max_steps=steps, schedule="constant", base_lr=1e30)
     with pytest.raises(Diverged, match="not finite by step"):
         finish(training)
+
+
+def test_responses_of_a_model_that_names_them_have_their_percentiles():
+    assert "response_percentiles" not in finish(make_training("gn", epochs=1)).progress.history[0]
+    training = make_training("gn", epochs=1, max_steps=1)
+    training.model.response = nn.Identity()
+    blocks, response = training.model.blocks, training.model.response
+    training.model.blocks = nn.Sequential(*blocks, response)
+    finish(training)
+    order = np.random.default_rng(0).permutation(40)
+    with torch.no_grad():
+        images = training.dataset.normalize(training.dataset.test.images[order])
+        values = blocks(F.relu(training.model.norm1(training.model.conv1(images)))).flatten().sort().values
+    found = training.progress.history[0]["response_percentiles"]
+    for percent, value in zip((1, 20, 80, 99), found, strict=True):
+        assert (values <= value + 1e-6).double().mean().item() == pytest.approx(percent / 100, abs=1e-3) or value == 0
 
 
 def test_frozen_epochs_keep_running_statistics_and_normalize_with_them():
