@@ -41,6 +41,7 @@ class Config(Recipe):
     model: Any = MISSING
     data: Any = MISSING
     norm_batch_size: int = "${batch_size}"  # type: ignore[assignment]  # images that share statistics (NBS)
+    tuned_from: str | None = None  # results of sweep=tune, whose best base_lr for the cell is taken
     seed: int = 0  # of the initialization, the order of images and the augmentation
     precision: str = "float32"  # float32, tf32 (on a GPU), bf16 (mixed)
     num_threads: Any = "auto"  # auto: 1 in a sweep, which runs one process a core; all cores for a single run

@@ -12,6 +12,7 @@ from gnbench.datasets.split import split_sizes
 from gnbench.errors import UserError
 from gnbench.recipe import Recipe
 from gnbench.record import FINISHED, RECORD, digest, load_record, run_name
+from gnbench.tuning import choose_base_lr
 
 PRECISIONS = ("float32", "tf32", "bf16")
 SPLIT_KEYS = ("train_size", "val_size", "split_seed", "augment")  # of `data`; its other keys belong to the source
@@ -59,10 +60,12 @@ def plan_run(config: dict, default_threads: int) -> Run:
         raise UserError(f"seed={config['seed']} is not legal: it is 0 or more")
     if config["checkpoint_s"] <= 0:
         raise UserError(f"checkpoint_s={config['checkpoint_s']} is not legal: it is a number of seconds above 0")
+    if config["tuned_from"] is not None:
+        config["base_lr"], config["tuning"] = choose_base_lr(config)
     recipe = make_recipe(config)
     _check_norm_batch_size(config)
-    if "norm_batch_size" not in config["norm"]:  # one run serves the whole axis
-        config["norm_batch_size"] = None
+    if "norm_batch_size" not in config["norm"]:  # no batch statistics: one run serves all that only they notice
+        config.update(norm_batch_size=None, frozen_epochs=0)
     images = _images(json.dumps(config["data"]))
     num_train, _ = split_sizes(images, config["data"]["train_size"], config["data"]["val_size"])
     recipe.total_steps(num_train)  # there is at least one batch

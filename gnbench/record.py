@@ -18,7 +18,7 @@ RECORD = "record.json"
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
 
 # What decides how or where a run is executed and is shown in its record, but cannot change its numbers.
-NOT_IDENTITY = ("results", "device", "checkpoint_s")
+NOT_IDENTITY = ("results", "device", "checkpoint_s", "tuned_from", "tuning")
 
 
 def digest(config: dict, data_fingerprint: str) -> str:

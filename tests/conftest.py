@@ -37,15 +37,22 @@ def environment(more: dict | None = None) -> dict:
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **(more or {})}
 
 
+SHORT = ("model=resnet8", "norm=bn", "batch_size=8", "epochs=2", "num_threads=1")
+
+
 def tiny_config(*words: str) -> dict:
-    """The resolved config of a short run on the tiny data set, composed as the command line composes it."""
+    """The resolved config of a short run on the tiny data set."""
+    return compose_config(*SHORT, *words)
+
+
+def compose_config(*words: str) -> dict:
+    """The resolved config of `words` on the tiny data set, composed as the command line composes it."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     import gnbench.cli  # noqa: F401  registers the schema
     from gnbench.configs import CONFIGS
 
-    short = ["data=tiny", "model=resnet8", "norm=bn", "batch_size=8", "epochs=2", "num_threads=1"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", [f"hydra.searchpath=[file://{TESTS}/configs]", *short, *words])
+        cfg = compose("config", [f"hydra.searchpath=[file://{TESTS}/configs]", "data=tiny", *words])
     return OmegaConf.to_container(cfg, resolve=True)

@@ -2,10 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from test_train import finish, make_training
 from torch import nn
 
+import gnbench
 from gnbench.evaluate import error_by_statistics, precise_images
 from gnbench.norms import BatchNorm
 from gnbench.precise_bn import batch_statistics, kept_statistics, layers_with_statistics, update_precise_statistics
@@ -93,3 +95,19 @@ def test_precise_images_are_as_many_as_asked_or_as_there_are():
     dataset = make_training().dataset
     assert sum(len(images) for images in precise_images(dataset, 40)) == 40
     assert sum(len(images) for images in precise_images(dataset, 10_000)) == 96
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script, which fvcore's import calls
+def test_precise_statistics_agree_with_fvcores():
+    from fvcore.nn.precise_bn import update_bn_stats
+
+    dataset = make_training().dataset
+    batches = precise_images(dataset, 96)
+    batches = list(torch.cat(batches).split(16))
+    ours = gnbench.model("resnet8", norm=nn.BatchNorm2d, num_classes=3)
+    theirs = copy.deepcopy(ours)
+    update_precise_statistics(ours.eval(), batches)
+    update_bn_stats(theirs.train(), batches, num_iters=len(batches))
+    for one, other in zip(layers_with_statistics(ours), layers_with_statistics(theirs), strict=True):
+        torch.testing.assert_close(one.running_mean, other.running_mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.running_var, other.running_var, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gnbench import record as record_module
 from gnbench.errors import UserError
-from gnbench.record import digest, find_runs, load_record, run_name, save_record, write_atomic
+from gnbench.record import NOT_IDENTITY, digest, find_runs, load_record, run_name, save_record, write_atomic
 
 RECORD = {"run": "x", "status": "done", "config": {"seed": 1}, "history": [{"epoch": 1, "test_error": 12.5}]}
 
@@ -108,7 +108,7 @@ def test_every_key_that_can_change_a_number_is_in_the_digest():
     original = digest(config, "data")
     other = {"norm": {"name": "x"}, "model": {"name": "x"}, "data": {**config["data"], "val_size": 9}}
     for key, value in config.items():
-        if key in ("results", "device", "checkpoint_s", "norm_batch_size"):
+        if key in (*NOT_IDENTITY, "norm_batch_size"):
             continue
         changed = {**config, key: other.get(key, "changed" if isinstance(value, str) or value is None else 977)}
         assert digest(changed, "data") != original, key
@@ -118,7 +118,7 @@ def test_every_key_that_can_change_a_number_is_in_the_digest():
 def test_what_cannot_change_a_number_is_not_in_the_digest():
     config = tiny_config()
     original = digest(config, "data")
-    for key in ("results", "device", "checkpoint_s", "norm_batch_size"):
+    for key in ("results", "device", "checkpoint_s", "norm_batch_size", "tuned_from"):
         assert digest({**config, key: "changed"}, "data") == original
     assert digest({**config, "data": {**config["data"], "root": "/a"}}, "data") == original
     assert digest(dict(reversed(config.items())), "data") == original

@@ -152,6 +152,12 @@ def test_identity_knows_which_norm_uses_the_normalization_batch(tmp_path):
     assert plan(tmp_path, "norm=gn", "norm_batch_size=2").config["norm_batch_size"] is None
 
 
+def test_frozen_epochs_are_for_norms_with_batch_statistics(tmp_path):
+    frozen = {norm: plan(tmp_path, f"norm={norm}", "frozen_epochs=1").digest for norm in ("bn", "gn")}
+    assert frozen["bn"] != plan(tmp_path, "norm=bn").digest
+    assert frozen["gn"] == plan(tmp_path, "norm=gn").digest
+
+
 def test_threads_are_the_callers_unless_they_are_named(tmp_path):
     assert plan_run(tiny_config("num_threads=auto"), default_threads=3).config["num_threads"] == 3
     assert plan_run(tiny_config("num_threads=2"), default_threads=3).config["num_threads"] == 2

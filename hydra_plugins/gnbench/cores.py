@@ -4,6 +4,7 @@ A process that is killed loses its own run only, which is tried once more; when 
 write their checkpoints and stop.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -189,7 +190,8 @@ def _run_child(
     value = returned._return_value
     if returned.status == JobStatus.FAILED:
         value = RuntimeError(f"{type(value).__name__}: {value}")  # plain, so that it can be sent
-    connection.send((returned.status, value))
+    with contextlib.suppress(BrokenPipeError):  # nobody listens to a process whose launcher is gone
+        connection.send((returned.status, value))
 
 
 def _stop_with_launcher(connection: Connection) -> None:

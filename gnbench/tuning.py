@@ -1,0 +1,57 @@
+"""A learning rate for each cell, chosen on held-out training images among the same candidates for every cell."""
+
+from pathlib import Path
+
+from gnbench.errors import UserError
+from gnbench.record import find_runs, load_record
+
+CELL = ("norm", "model", "batch_size")  # what a rate is chosen for; the recipe's other keys may be shorter when tuning
+
+
+def choose_base_lr(config: dict) -> tuple[float, dict]:
+    """The base_lr of least mean `val_error` among the runs of `tuned_from` for the config's norm, model and batch.
+
+    Returns:
+        the rate, and what the record of the final run keeps of the choice: the directory, the mean held-out error in
+        percent of every candidate (None where it diverged), and whether the choice is the largest or smallest of them.
+
+    Raises:
+        UserError: there are no such runs, they held out no images, one of them is unfinished, or this cell was given
+            other candidates than the rest.
+    """
+    directory = Path(config["tuned_from"])
+    records = [load_record(path) for path in find_runs(directory)]
+    if not records:
+        raise UserError(f"tuned_from={directory} holds no runs: gnbench sweep=tune makes them")
+    budget = sorted({record["config"]["base_lr"] for record in records})
+    cell = [record for record in records if all(record["config"][key] == config[key] for key in CELL)]
+    where = f"norm={config['norm']['name']} model={config['model']['name']} batch_size={config['batch_size']}"
+    unfinished = [record["run"] for record in cell if record["status"] not in ("done", "diverged")]
+    if unfinished:
+        raise UserError(f"tuned_from={directory}: {unfinished[0]} is not finished; run its sweep to the end first")
+    errors = {lr: _mean_val_error([r for r in cell if r["config"]["base_lr"] == lr], directory) for lr in budget}
+    untried = [lr for lr in budget if not any(record["config"]["base_lr"] == lr for record in cell)]
+    if untried:
+        raise UserError(f"tuned_from={directory} has no run of {where} base_lr={untried[0]}: every cell needs the same")
+    finite = {lr: error for lr, error in errors.items() if error is not None}
+    if not finite:
+        raise UserError(f"tuned_from={directory}: every run of {where} diverged")
+    best = min(finite, key=lambda lr: (finite[lr], lr))
+    at_edge = len(budget) > 1 and best in (budget[0], budget[-1])
+    return best, {
+        "from": str(directory),
+        "val_error": {str(lr): error for lr, error in errors.items()},
+        "edge": at_edge,
+    }
+
+
+def _mean_val_error(records: list[dict], directory: Path) -> float | None:
+    """The mean held-out error of one candidate's seeds in percent; None where one of them diverged."""
+    if not records or any(record["status"] == "diverged" for record in records):
+        return None
+    errors = [record["result"]["val_error"] for record in records]
+    if None in errors:
+        raise UserError(
+            f"tuned_from={directory}: {records[0]['run']} held out no images; set data.val_size in its sweep"
+        )
+    return sum(errors) / len(errors)
