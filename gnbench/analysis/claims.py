@@ -1,0 +1,463 @@
+"""The statements of arXiv:1803.08494 (and of 2105.07576) as tests over the records.
+
+    claims(gnbench.load("results/batch_size"))  # a row a statement: holds, does not hold, or cannot tell yet
+
+A statement holds, or does not, when a test at 5 % says so; where n is too small, that is the verdict, with the number
+of seeds that would do. Nothing is judged on a cell with a missing, failed, diverged or unfinished run.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+
+from gnbench.analysis.statistics import (
+    ALPHA,
+    adjust_holm,
+    compare_equivalence,
+    compare_paired,
+    compare_paired_t,
+    compare_welch,
+    name_cell,
+    seeds_needed,
+    seeds_needed_for_equivalence,
+    values_by_seed,
+)
+from gnbench.analysis.table import count_norm_batches, find_groups, label_norm, slice_axis
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot tell yet"
+MARGIN = 1.0  # points of test error: less counts as level, more as a rise
+LARGE, SMALL = 32, 2  # the paper's ends of the axis, images that share statistics
+MOST_SEEDS = 1000  # beyond, nobody will train them
+COLUMNS = (
+    *("claim", "setting", "verdict", "effect", "low", "high", "test", "p", "p_paired", "n", "seeds_needed", "detail"),
+    "source",
+)
+
+
+class CannotTell(Exception):
+    """A cell that a statement needs cannot be judged; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The values of one cell, in percent, by seed."""
+
+    name: str
+    values: pd.Series
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison: the claim that `difference` (points) is above `threshold`, or below it."""
+
+    name: str
+    difference: float
+    low: float
+    high: float
+    test: str
+    p: float
+    p_paired: float
+    n: int
+    support: float  # distance from the threshold, in points, above 0 on the claim's side
+    sd: float  # of a cell over its seeds, or of paired differences
+    paired: bool = False
+    alpha: float = ALPHA  # below 0.05 in a family
+
+    def count_seeds(self) -> float:
+        """Seeds a cell with which such a difference would be seen with 80 % power; more than there are now."""
+        return max(self.n + 1, seeds_needed(self.support, self.sd, alpha=self.alpha, paired=self.paired))
+
+    def tell(self) -> str:
+        """The comparison in words and numbers."""
+        numbers = f"{self.difference:+.2f} points [{self.low:+.2f}, {self.high:+.2f}]".replace("-", "−")
+        return f"{self.name}: {numbers}, p = {self.p:.2g}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict and the numbers that it rests on: those of its weakest part."""
+
+    verdict: str
+    detail: str
+    effect: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    test: str = ""
+    p: float = math.nan
+    p_paired: float = math.nan
+    n: int = 0
+    seeds_needed: float = math.nan
+
+
+@dataclass
+class Grid:
+    """The runs of one setting, with the cells that statements ask for."""
+
+    frame: pd.DataFrame
+    rows: pd.DataFrame = field(init=False)  # those on the axis of batch sizes
+    per_update: float = field(init=False)  # normalization batches in an update; the paper's setting has 8
+
+    def __post_init__(self) -> None:
+        self.rows, _ = slice_axis(self.frame, "batch_size")
+        self.per_update = count_norm_batches(self.rows)
+
+    def pick(self, norm: str) -> pd.DataFrame:
+        """The runs of a norm on the axis: of its variants, that with the most batch sizes."""
+        rows = self.rows[self.rows["norm"] == norm]
+        if rows.empty:
+            raise CannotTell(f"{label_norm(norm)} has no run")
+        return rows[rows["label"] == rows.groupby("label", sort=False)["batch_size"].nunique().idxmax()]
+
+    def sizes(self, norm: str) -> list[int]:
+        """Images that share statistics (for other norms: that would), falling."""
+        return sorted((int(size / self.per_update) for size in self.pick(norm)["batch_size"].unique()), reverse=True)
+
+    def cell(self, norm: str, size: int, measure: str = "test_error") -> Cell:
+        """The cell of a norm at a size of the axis."""
+        rows = self.pick(norm)
+        batch_size = int(size * self.per_update)
+        norm_batch_size = size if rows["norm_batch_size"].notna().any() else None
+        name = name_cell(rows["label"].iloc[0], batch_size, norm_batch_size)
+        return make_cell(rows[rows["batch_size"] == batch_size], name, measure)
+
+
+def claims(frame: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
+    """Every statement, judged for every setting of a frame as `table.load` returns it; the columns are `COLUMNS`.
+
+    `effect`, `low` and `high` are points of error with their 95 % interval (90 % for equivalence); `p` is corrected
+    after Holm where a family of batch sizes or groups is tested; `p_paired` is the exact test over pairs of seeds,
+    uncorrected; n is the smallest number of seeds in a cell.
+
+    Args:
+        margin: points that count as a change.
+    """
+    found, points = [], f"{margin:g} point{'' if margin == 1 else 's'}"
+    for setting, rows in frame[frame["cell"].notna()].groupby("setting", sort=False):
+        grid = Grid(rows)
+        for statement, judge, source in STATEMENTS:
+            row = {"claim": statement.format(margin=points), "setting": setting, "source": source}
+            found.append({**row, **asdict(_judge(judge, grid, margin))})
+    return pd.DataFrame(found, columns=list(COLUMNS))
+
+
+def make_cell(rows: pd.DataFrame, name: str, measure: str = "test_error") -> Cell:
+    """The values of a cell's runs.
+
+    Raises:
+        CannotTell: there are none, or some are not finished, or there is only one seed.
+    """
+    if rows.empty:
+        raise CannotTell(f"{name} has no finished run")
+    for status in ("diverged", "failed"):
+        if (rows["status"] == status).any():
+            raise CannotTell(f"{name}: {(rows['status'] == status).sum()} of {len(rows)} runs {status}")
+    if (rows["status"] != "done").any():
+        raise CannotTell(f"{name}: {(rows['status'] != 'done').sum()} of {len(rows)} runs are not finished")
+    if rows["cell"].nunique() > 1:
+        raise CannotTell(f"{name} is {rows['cell'].nunique()} cells of different configurations")
+    values = values_by_seed(rows, measure)
+    if len(values) < 2:
+        raise CannotTell(f"{name} has {len(values)} seeds; 2 or more are needed")
+    return Cell(name, values)
+
+
+def compare(a: Cell, b: Cell, threshold: float = 0.0, below: bool = False) -> Part:
+    """The claim that mean(a) - mean(b) is above `threshold` (or below it), by Welch's two-sided test."""
+    welch = compare_welch(a.values - threshold, b.values)
+    side = -1 if below else 1
+    return Part(
+        name=f"{a.name} − {b.name}",
+        difference=welch["difference"] + threshold,
+        low=welch["low"] + threshold,
+        high=welch["high"] + threshold,
+        test="Welch" if threshold == 0 else f"Welch against {threshold:g}",
+        p=welch["p"],
+        p_paired=compare_paired(a.values - threshold, b.values)["p"],
+        n=min(len(a.values), len(b.values)),
+        support=side * welch["difference"],
+        sd=math.sqrt((a.values.var() + b.values.var()) / 2),
+    )
+
+
+def decide(parts: Sequence[Part]) -> Finding:
+    """All parts of a statement must hold; it does not hold when one of them, after Holm, is refuted."""
+    refuted = adjust_holm([part.p for part in parts])
+    if all(part.p < ALPHA and part.support > 0 for part in parts):
+        verdict = HOLDS
+    elif any(p < ALPHA and part.support < 0 for p, part in zip(refuted, parts, strict=True)):
+        verdict = FAILS
+    else:
+        verdict = OPEN
+    told = "; ".join(part.tell() for part in parts)
+    return _report(verdict, _choose_part(parts, verdict), told, lambda: _count_seeds(parts))
+
+
+def judge_gn_level(grid: Grid, margin: float) -> Finding:
+    """Equivalence (TOST) of GN at every smaller batch size with GN at 32."""
+    base = grid.cell("gn", LARGE)
+    grid.cell("gn", SMALL)
+    others = [grid.cell("gn", size) for size in grid.sizes("gn") if SMALL <= size < LARGE]
+    return decide_level(base, others, margin)
+
+
+def decide_level(base: Cell, others: Sequence[Cell], margin: float) -> Finding:
+    """Every other cell must be equivalent to `base`; one that, after Holm, is further off than `margin` refutes."""
+    inside = [compare_equivalence(other.values, base.values, margin) for other in others]
+    signs = [1 if test["difference"] >= 0 else -1 for test in inside]
+    outside = [compare(other, base, sign * margin, sign < 0) for other, sign in zip(others, signs, strict=True)]
+    refuted = adjust_holm([part.p for part in outside])
+    if all(test["p"] < ALPHA for test in inside):
+        verdict = HOLDS
+    elif any(p < ALPHA and part.support > 0 for p, part in zip(refuted, outside, strict=True)):
+        verdict = FAILS
+    else:
+        verdict = OPEN
+    worst = max(range(len(others)), key=lambda index: abs(inside[index]["difference"]))
+    shown = replace(
+        outside[worst],
+        low=inside[worst]["low"],
+        high=inside[worst]["high"],
+        test=f"{inside[worst]['test']}, 90 % interval",
+        p=max(test["p"] for test in inside),
+        p_paired=math.nan,
+    )
+
+    def count_seeds() -> float:
+        still_open = [part for test, part in zip(inside, outside, strict=True) if test["p"] >= ALPHA]
+        level = max(seeds_needed_for_equivalence(part.difference, margin, part.sd) for part in still_open)
+        return max(shown.n + 1, min(level, outside[worst].count_seeds()))
+
+    return _report(verdict, shown, f"the furthest is {shown.tell()}", count_seeds)
+
+
+def judge_bn_rise(grid: Grid, margin: float) -> Finding:
+    """BN at 2 against BN at 32."""
+    return decide([compare(grid.cell("bn", SMALL), grid.cell("bn", LARGE), margin)])
+
+
+def judge_winner(winner: str, loser: str, size: int) -> Callable[[Grid, float], Finding]:
+    """Whether `winner` has the lower error at `size`, corrected over all the sizes at which both norms were trained."""
+
+    def judge(grid: Grid, _: float) -> Finding:
+        grid.cell(loser, size), grid.cell(winner, size)
+        return decide([compare_family(grid, loser, winner)[size]])
+
+    return judge
+
+
+def compare_family(grid: Grid, a: str, b: str) -> dict[int, Part]:
+    """a - b at every size at which both can be judged, p corrected after Holm."""
+    parts = {}
+    for size in grid.sizes(a):
+        try:
+            parts[size] = compare(grid.cell(a, size), grid.cell(b, size))
+        except CannotTell:
+            continue
+    adjusted = adjust_holm([part.p for part in parts.values()])
+    family = {"test": "Welch, Holm", "alpha": ALPHA / max(1, len(parts))}
+    return {size: replace(parts[size], p=p, **family) for size, p in zip(parts, adjusted, strict=True)}
+
+
+def judge_crossover(grid: Grid, _: float) -> Finding:
+    """BN ahead at some size and GN at a smaller one, both after Holm."""
+    for norm in ("bn", "gn"):
+        for size in (LARGE, SMALL, *grid.sizes(norm)):
+            grid.cell("bn", size), grid.cell("gn", size)
+    parts = compare_family(grid, "gn", "bn")
+    bn_ahead = [size for size, part in parts.items() if part.p < ALPHA and part.support > 0]
+    gn_ahead = [size for size, part in parts.items() if part.p < ALPHA and part.support < 0]
+    between = [
+        f"{low} and {high}"
+        for high, low in zip(parts, list(parts)[1:], strict=False)
+        if parts[high].support > 0 > parts[low].support
+    ]
+    means = f"the means cross between {', '.join(between)}" if between else "the means do not cross"
+    largest, smallest = parts[max(parts)], parts[min(parts)]
+    ends = f"{largest.tell()}; {smallest.tell()}"
+    if bn_ahead and gn_ahead and max(bn_ahead) > max(gn_ahead):
+        upper = min(size for size in bn_ahead if size > max(gn_ahead))
+        verdict, detail = HOLDS, f"the crossover lies between {max(gn_ahead)} and {upper} ({means}); {ends}"
+    elif len(bn_ahead) == len(parts) or len(gn_ahead) == len(parts) or (bn_ahead and gn_ahead):
+        verdict, detail = FAILS, f"{means}; {ends}"
+    else:
+        verdict, detail = OPEN, f"{means}; {ends}"
+    weakest = max((largest, smallest), key=lambda part: part.p)
+    ends = [largest, replace(smallest, support=-smallest.support)]
+    return _report(verdict, weakest, detail, lambda: _count_seeds(ends))
+
+
+def judge_regularization(grid: Grid, _: float) -> Finding:
+    """At 32: GN's training error below BN's, its test error above."""
+    training = compare(grid.cell("bn", LARGE, "train_error"), grid.cell("gn", LARGE, "train_error"))
+    testing = compare(grid.cell("gn", LARGE), grid.cell("bn", LARGE))
+    return decide([replace(training, name=f"training error, {training.name}"), testing])
+
+
+def judge_between(grid: Grid, _: float) -> Finding:
+    """At 32: BN, then GN, then LN."""
+    bn, gn, ln = (grid.cell(norm, LARGE) for norm in ("bn", "gn", "ln"))
+    return decide([compare(gn, bn), compare(ln, gn)])
+
+
+def judge_groups(grid: Grid, _: float) -> Finding:
+    """The best grouping against both extremes, corrected over the groupings tried."""
+    rows = grid.frame[grid.frame["batch_size"] == find_groups(grid.frame)]
+    gn = rows[rows["norm"] == "gn"]
+    one_group = _choose_extreme(gn[gn["num_groups"] == 1], rows[rows["norm"] == "ln"], "one group")
+    one_channel = _choose_extreme(gn[gn["channels_per_group"] == 1], rows[rows["norm"] == "in"], "one channel a group")
+    middle = gn[(gn["num_groups"] > 1).fillna(False) | (gn["channels_per_group"] > 1).fillna(False)]
+    if middle.empty:
+        raise CannotTell("GN was not trained with different groups")
+    tried = [make_cell(own, name_cell(label, own["batch_size"].iloc[0])) for label, own in middle.groupby("label")]
+    return decide_groups(tried, one_group, one_channel)
+
+
+def decide_groups(tried: Sequence[Cell], one_group: Cell, one_channel: Cell) -> Finding:
+    """Holds when one grouping beats both extremes after Holm; does not when each of them loses to an extreme."""
+    pairs = [(compare(one_group, cell), compare(one_channel, cell)) for cell in tried]
+    wins = adjust_holm([_combine(pair) for pair in pairs])
+    losses = [min(2 * part.p if part.support < 0 else 1 for part in pair) for pair in pairs]
+    best = min(range(len(tried)), key=lambda index: tried[index].values.mean())
+    if min(wins) < ALPHA:
+        verdict = HOLDS
+        best = int(np.argmin(wins))
+    else:
+        verdict = FAILS if all(loss < ALPHA for loss in losses) else OPEN
+    family = {"test": "Welch, Holm", "alpha": ALPHA / len(tried)}
+    parts = [replace(part, **family) for part in pairs[best]]
+    shown = replace(_choose_part(parts, verdict), p=max(losses) if verdict == FAILS else wins[best])
+    told = "; ".join(part.tell() for part in parts)
+    told = f"{told}; corrected over {len(tried)} groupings, p = {shown.p:.2g}"
+    return _report(verdict, shown, told, lambda: _count_seeds(parts))
+
+
+def judge_norm_batch(grid: Grid, margin: float) -> Finding:
+    """BN: the normalization batch alone raises the error, and the SGD batch alone does not."""
+    rows, _ = slice_axis(grid.frame[grid.frame["norm"] == "bn"], "norm_batch_size")
+    if rows["batch_size"].nunique() != 1:
+        raise CannotTell("BN was not trained at one batch size with different norm_batch_size")
+    large = int(rows["batch_size"].iloc[0])
+    whole = _find_bn(grid, large, large)
+    split = _find_bn(grid, large, SMALL)
+    small = _find_bn(grid, SMALL, SMALL)
+    return decide([compare(split, whole, margin), compare(small, split, margin, below=True)])
+
+
+def judge_precise(grid: Grid, _: float) -> Finding:
+    """BN at 2: the error with running averages against that with precise statistics, of the same weights."""
+    if "test_error_precise" not in grid.frame:
+        raise CannotTell("the records hold no errors by statistics")
+    averages = grid.cell("bn", SMALL, "test_error_ema")
+    precise = grid.cell("bn", SMALL, "test_error_precise")
+    test = compare_paired_t(averages.values, precise.values)
+    part = Part(
+        name=f"{averages.name}, running averages − precise",
+        **{key: test[key] for key in ("difference", "low", "high", "test", "p")},
+        p_paired=compare_paired(averages.values, precise.values)["p"],
+        n=test["n_a"],
+        support=test["difference"],
+        sd=(averages.values - precise.values).std(),
+        paired=True,
+    )
+    return decide([part])
+
+
+STATEMENTS = (  # statement, its test, where it is made
+    (
+        "GN's test error is level from batch size 32 to 2: within {margin} of that at 32.",
+        judge_gn_level,
+        "1803.08494, Figure 1",
+    ),
+    (
+        "BN's test error rises by more than {margin} from batch size 32 to 2.",
+        judge_bn_rise,
+        "1803.08494, Figure 1",
+    ),
+    ("BN beats GN at batch size 32.", judge_winner("bn", "gn", 32), "1803.08494, Table 2"),
+    ("GN beats BN at batch size 4.", judge_winner("gn", "bn", 4), "1803.08494, Table 2"),
+    ("GN beats BN at batch size 2.", judge_winner("gn", "bn", 2), "1803.08494, Table 2"),
+    (
+        "BN's and GN's lines cross: BN is ahead at larger batch sizes, GN at smaller ones.",
+        judge_crossover,
+        "1803.08494, Figure 1",
+    ),
+    (
+        "GN's training error is below BN's at batch size 32, while its test error is above.",
+        judge_regularization,
+        "1803.08494, Figure 4",
+    ),
+    ("GN lies between BN and LN at batch size 32.", judge_between, "1803.08494, Table 1"),
+    ("Some grouping beats both one group (LN) and one channel a group (IN).", judge_groups, "1803.08494, Table 3"),
+    (
+        "BN's loss at small batches comes from the normalization batch, not the SGD batch: alone, the first raises the "
+        "error by more than {margin} and the second does not.",
+        judge_norm_batch,
+        "2105.07576",
+    ),
+    ("Precise statistics recover part of BN's loss at batch size 2.", judge_precise, "2105.07576"),
+)
+
+
+def _judge(judge: Callable[[Grid, float], Finding], grid: Grid, margin: float) -> Finding:
+    try:
+        return judge(grid, margin)
+    except CannotTell as reason:
+        return Finding(OPEN, str(reason))
+
+
+def _report(verdict: str, part: Part, told: str, count_seeds: Callable[[], float]) -> Finding:
+    """A finding that shows `part`; of an open one, the seeds that would close it."""
+    seeds = count_seeds() if verdict == OPEN else math.nan
+    if verdict == OPEN:
+        enough = (
+            f"about {seeds:.0f} seeds a cell would tell"
+            if seeds <= MOST_SEEDS
+            else "no affordable number of seeds would tell"
+        )
+        told = f"{told}; {enough}, if difference and spread are what they now seem"
+    return Finding(
+        verdict,
+        told,
+        effect=part.difference,
+        low=part.low,
+        high=part.high,
+        test=part.test,
+        p=part.p,
+        p_paired=part.p_paired,
+        n=part.n,
+        seeds_needed=seeds if seeds <= MOST_SEEDS else math.nan,
+    )
+
+
+def _choose_part(parts: Sequence[Part], verdict: str) -> Part:
+    """The part on which a verdict hangs: the weakest, or the one that refutes most clearly."""
+    if verdict == FAILS:
+        return min((part for part in parts if part.support < 0), key=lambda part: part.p)
+    return max(parts, key=lambda part: part.p if part.support > 0 else 1 + part.p)
+
+
+def _count_seeds(parts: Sequence[Part]) -> float:
+    """Seeds with which all the parts that are open now would be told."""
+    return max((part.count_seeds() for part in parts if part.p >= part.alpha or part.support < 0), default=math.inf)
+
+
+def _combine(parts: Sequence[Part]) -> float:
+    """p of the claim that all parts hold: that of the weakest; 1 where one points the other way."""
+    return max(part.p if part.support > 0 else 1.0 for part in parts)
+
+
+def _choose_extreme(as_gn: pd.DataFrame, as_norm: pd.DataFrame, words: str) -> Cell:
+    rows = as_gn if len(as_gn) else as_norm
+    if rows.empty:
+        raise CannotTell(f"{words} has no finished run")
+    return make_cell(rows, f"{words} ({rows['label'].iloc[0]})")
+
+
+def _find_bn(grid: Grid, batch_size: int, norm_batch_size: int) -> Cell:
+    rows = grid.frame[grid.frame["norm"] == "bn"]
+    rows = rows[rows["label"] == rows["label"].iloc[0]]
+    own = rows[(rows["batch_size"] == batch_size) & (rows["norm_batch_size"] == norm_batch_size)]
+    return make_cell(own, name_cell(rows["label"].iloc[0], batch_size, norm_batch_size))

@@ -1,0 +1,470 @@
+"""The paper's figures, drawn from tables: each takes a frame and an `ax` (or makes one) and returns the `ax`.
+
+    ax = figures.error_vs_batch_size(gnbench.load("results/batch_size"))
+    figures.save(ax.figure, "error.svg")
+
+A norm keeps its colour, marker and line style in every figure. Lines are means over seeds, bars 95 % t-intervals, dots
+seeds; what is missing or failed is named under the figure.
+"""
+
+import colorsys
+import functools
+import hashlib
+import io
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gnbench.analysis.statistics import name_gaps, summarize
+from gnbench.analysis.table import find_groups, label_norm, place_cells, slice_axis
+from gnbench.record import write_atomic
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "legend.frameon": False,
+    "legend.handlelength": 3,
+    "text.parse_math": False,  # names come from records; a dollar sign in one is a dollar sign
+    "svg.fonttype": "path",
+}
+AXIS_LABELS = {
+    "batch_size": "batch size (images in one update)",
+    "norm_batch_size": "normalization batch size (images that share statistics)",
+    "epoch": "epoch",
+    "train_error": "training error (%)",
+    "test_error": "test error (%)",
+    "val_error": "validation error (%)",
+    "train_loss": "training loss (cross-entropy)",
+    "test_loss": "test loss (cross-entropy)",
+}
+GROUP_LABELS = {"num_groups": "number of groups", "channels_per_group": "channels per group"}
+LINESTYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+SPARE_COLORS = ("#E69F00", "#56B4E9", "#A6761D", "#7570B3", "#66A61E", "#666666")
+SPARE_MARKERS = ("v", "P", "X", "<", ">", "p", "h", "*", "d")
+FILLS = ("full", "none", "left", "top")  # of the markers of one norm's variants
+GREY = "0.35"
+OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # of a legend that would cover lines
+MOST_COLUMNS = 5  # of panels
+CURVES_NOTE = "Bold: mean over finished runs; thin: each seed."
+REFERENCE_NOTE = "Light and hollow: published by others, with other data or recipes, against images per worker."
+
+
+@dataclass(frozen=True)
+class NormStyle:
+    """How a norm is drawn, everywhere."""
+
+    color: str
+    marker: str
+    linestyle: str | tuple
+
+
+NORM_STYLES = {  # colours of Okabe and Ito, told apart by the colour-blind; in grey, markers and lines tell them apart
+    "bn": NormStyle("#0072B2", "o", LINESTYLES[1]),
+    "gn": NormStyle("#D55E00", "s", LINESTYLES[0]),
+    "ln": NormStyle("#009E73", "^", LINESTYLES[3]),
+    "in": NormStyle("#CC79A7", "D", LINESTYLES[2]),
+    "none": NormStyle("#000000", "x", LINESTYLES[4]),
+}
+
+
+def style_norm(name: str) -> NormStyle:
+    """The style of a norm: the paper's are fixed, any other's follows from its name."""
+    if name in NORM_STYLES:
+        return NORM_STYLES[name]
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    color, rest = SPARE_COLORS[number % len(SPARE_COLORS)], number // len(SPARE_COLORS)
+    marker, rest = SPARE_MARKERS[rest % len(SPARE_MARKERS)], rest // len(SPARE_MARKERS)
+    return NormStyle(color, marker, LINESTYLES[rest % len(LINESTYLES)])
+
+
+def style_lines(frame: pd.DataFrame) -> dict[str, dict]:
+    """Keyword arguments of `Line2D` for every label of a frame.
+
+    A norm's first label has the norm's own style, its further ones (other parameters, other settings) the same marker,
+    filled otherwise, in a lighter or darker shade and with another line.
+    """
+    styles = {}
+    readable = frame[frame["norm"].notna()]
+    for norm, labels in readable.groupby("norm", sort=False)["label"]:
+        style = style_norm(norm)
+        start = LINESTYLES.index(style.linestyle)
+        for number, label in enumerate(labels.unique()):
+            styles[label] = {
+                "color": _shade(style.color, number) if number else style.color,
+                "marker": style.marker,
+                "linestyle": LINESTYLES[(start + number) % len(LINESTYLES)],
+                "fillstyle": FILLS[number % len(FILLS)],
+                "markerfacecoloralt": "white",
+            }
+    return styles
+
+
+def styled(draw: Callable) -> Callable:
+    """Draw in this module's style, whatever the notebook's."""
+
+    @functools.wraps(draw)
+    def inside(*args: object, **options: object) -> object:
+        with mpl.rc_context(STYLE):
+            return draw(*args, **options)
+
+    return inside
+
+
+@styled
+def error_vs_batch_size(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    decreasing: bool = True,
+    x: str = "batch_size",
+    reference: pd.DataFrame | None = None,
+) -> Axes:
+    """Test error against batch size (Figure 1 of arXiv:1803.08494) or normalization batch size (2105.07576), log2.
+
+    Args:
+        frame: as `table.load` returns it.
+        decreasing: the axis runs from the largest batch to the smallest, as in the paper.
+        x: "batch_size" or "norm_batch_size"; norms that look at one image at a time are level over the latter.
+        reference: numbers of others to lay behind, light and hollow: `table.choose_reference(frame, x)`.
+    """
+    kept, left_out = slice_axis(frame, x)
+    summary = summarize(kept)
+    summary["x"] = place_cells(summary, x)
+    positions = sorted(summary["x"].dropna().astype(int).unique())
+    styles = style_lines(frame)
+    labels = list(summary["label"].unique())
+    crowded = reference is not None or len(labels) > 5
+    ax = new_axes(1, (8.4 if crowded else 5.6, 4.2))[0] if ax is None else ax
+    gap = min(0.14, 0.6 / max(1, len(labels)))  # octaves between two norms of one batch size
+    for number, label in enumerate(labels):
+        cells = summary[summary["label"] == label]
+        shift = 2 ** (gap * (number - (len(labels) - 1) / 2) * (-1 if decreasing else 1))
+        if cells["x"].isna().all():
+            _draw_level(ax, cells, kept, positions, styles[label])
+        else:
+            aside = 2 ** (0.4 * gap * (-1 if decreasing else 1))
+            _draw_cells(ax, cells.assign(x=cells["x"] * shift), kept, styles[label], aside)
+    _keep_to_percent(ax)
+    others = [] if reference is None or not positions else _draw_reference(ax, reference, positions)
+    set_log2_axis(ax, positions, decreasing)
+    ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS["test_error"])
+    add_legend(ax, [*((label, styles[label]) for label in labels), *others], **(OUTSIDE if crowded else {}))
+    published = REFERENCE_NOTE if others else ""
+    add_note(ax, [describe_lines(summary), describe_runs(kept, x), published, left_out, *name_gaps(frame)])
+    return ax
+
+
+@styled
+def curves(
+    frame: pd.DataFrame,
+    axes: Sequence[Axes] | None = None,
+    batch_size: int | None = None,
+    columns: Sequence[str] = ("train_error", "test_error"),
+) -> Sequence[Axes]:
+    """Training error (left) and test error (right) per epoch at one batch size (Figure 4 of arXiv:1803.08494).
+
+    Args:
+        frame: as `table.curves` returns it.
+        axes: one for each of `columns`.
+        batch_size: the largest of the frame, unless given.
+        columns: of the frame, one a panel.
+    """
+    axes = new_axes(len(columns), (3.7 * len(columns), 3.6)) if axes is None else axes
+    batch_size = frame["batch_size"].max() if batch_size is None else batch_size
+    rows, left_out = slice_axis(frame[frame["batch_size"] == batch_size], "batch_size")
+    styles = style_lines(frame)
+    labels = list(rows["label"].unique())
+    for ax, column in zip(axes, columns, strict=True):
+        for label in labels:
+            line = {**styles[label], "markersize": 4.5}
+            _draw_curve(ax, rows[rows["label"] == label], column, line, labels.index(label) / len(labels))
+        _crop_start(ax, rows, column)
+        ax.set(xlabel=AXIS_LABELS["epoch"], ylabel=AXIS_LABELS.get(column, column))
+    add_legend(axes[-1], [(label, styles[label]) for label in labels])
+    notes = [CURVES_NOTE, describe_runs(rows), left_out, *name_gaps(_one_row_a_run(rows))]
+    add_figure_note(axes[0].figure, notes)
+    return axes
+
+
+@styled
+def curves_by_batch_size(
+    frame: pd.DataFrame, axes: Sequence[Axes] | None = None, column: str = "test_error"
+) -> Sequence[Axes]:
+    """Test error per epoch: one panel a norm, one line a batch size (Figure 5 of arXiv:1803.08494).
+
+    Args:
+        frame: as `table.curves` returns it.
+        axes: one for each label of the frame.
+        column: of the frame.
+    """
+    rows, left_out = slice_axis(frame, "batch_size")
+    labels = list(rows["label"].unique()) or [""]
+    if axes is None:
+        across, down = min(len(labels), MOST_COLUMNS), math.ceil(len(labels) / MOST_COLUMNS)
+        axes = new_axes(len(labels), (2.7 * across + 0.6, 3 * down + 0.4), sharey=True)
+    sizes = sorted(rows["batch_size"].unique(), reverse=True)
+    lines = {size: _style_batch_size(number, len(sizes)) for number, size in enumerate(sizes)}
+    for ax, label in zip(axes, labels, strict=True):
+        own = rows[rows["label"] == label]
+        for size in sizes:
+            _draw_curve(ax, own[own["batch_size"] == size], column, lines[size], sizes.index(size) / len(sizes))
+        ax.set(title=label, xlabel=AXIS_LABELS["epoch"])
+    _crop_start(axes[0], rows, column)
+    for ax in axes[::MOST_COLUMNS]:
+        ax.set_ylabel(AXIS_LABELS.get(column, column))
+    last = axes[min(len(labels), MOST_COLUMNS) - 1]
+    add_legend(last, [(str(size), lines[size]) for size in sizes], title="batch size", **OUTSIDE)
+    notes = [CURVES_NOTE, describe_runs(rows), left_out, *name_gaps(_one_row_a_run(frame))]
+    add_figure_note(axes[0].figure, notes)
+    return axes
+
+
+@styled
+def error_vs_groups(
+    frame: pd.DataFrame, axes: Sequence[Axes] | None = None, batch_size: int | None = None
+) -> Sequence[Axes]:
+    """GN's test error against its number of groups (left) and channels per group (right), Table 3 of arXiv:1803.08494.
+
+    LN and IN, GN's two extremes, stand at one group and at one channel a group where the frame has them.
+
+    Args:
+        frame: as `table.load` returns it.
+        axes: one for each of the two that varies.
+        batch_size: the one with most values of the two, unless given.
+    """
+    batch_size = find_groups(frame) if batch_size is None else batch_size
+    rows = frame[frame["batch_size"] == batch_size]
+    panels = [key for key in GROUP_LABELS if rows.loc[rows["norm"] == "gn", key].nunique() > 1]
+    axes = new_axes(len(panels), (0.9 + 3.25 * len(panels), 3.6), sharey=True) if axes is None else axes
+    for ax, key in zip(axes, panels, strict=True):
+        extreme = {"num_groups": "ln", "channels_per_group": "in"}[key]
+        extreme_rows = rows[rows["norm"] == extreme]
+        own = rows[(rows["norm"] == "gn") & rows[key].notna()]
+        drawn = pd.concat([own, extreme_rows.assign(**{key: 1})])
+        handles = []
+        for norm in drawn["norm"].unique():
+            style = style_norm(norm)
+            line = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle}
+            cells = summarize(drawn[drawn["norm"] == norm])
+            _draw_cells(ax, cells.assign(x=cells[key].astype(float)), drawn, line, aside=2**-0.1)
+            handles.append((label_norm(norm), line))
+        set_log2_axis(ax, sorted(drawn[key].dropna().unique()), decreasing=True)
+        ax.set_xlabel(GROUP_LABELS[key])
+        add_legend(ax, handles)
+    axes[0].set_ylabel(AXIS_LABELS["test_error"])
+    for ax in axes:  # after both are drawn, for they may share the axis
+        _keep_to_percent(ax)
+    notes = [describe_lines(summarize(rows)), describe_runs(rows), *name_gaps(rows)]
+    add_figure_note(axes[0].figure, notes)
+    return axes
+
+
+def describe_lines(summary: pd.DataFrame) -> str:
+    """What lines, bars, dots and crosses are, with n."""
+    n = summary.loc[summary["n"] > 0, "n"]
+    crosses = " Crosses: failed or diverged runs." if (summary["failed"] + summary["diverged"]).any() else ""
+    if n.empty:
+        return f"No finished run.{crosses}"
+    if n.max() == 1:
+        return f"n = 1 seed a cell: no interval.{crosses}"
+    seeds = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
+    return f"Mean of n = {seeds} seeds a cell; bars: 95 % t-interval; small dots: seeds.{crosses}"
+
+
+def describe_runs(frame: pd.DataFrame, x: str = "") -> str:
+    """Model, data, epochs and batch size, where all rows have the same; `x` is on the axis and not told."""
+    forms = {
+        "model": "{}",
+        "data": "{}",
+        "train_size": "{} training images",
+        "epochs": "{} epochs",
+        "batch_size": "batch size {}",
+    }
+    values = {key: frame[key].dropna().unique() for key in forms if key != x}
+    parts = [forms[key].format(found[0]) for key, found in values.items() if len(found) == 1]
+    return ", ".join(parts) + "." if parts else ""
+
+
+def new_axes(count: int, size: tuple[float, float], **options: object) -> Sequence[Axes]:
+    """Panels of a new figure of `size` inches, row by row."""
+    across = min(count, MOST_COLUMNS) or 1
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(math.ceil(count / across) or 1, across, squeeze=False, **options).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    return axes[:count]
+
+
+def set_log2_axis(ax: Axes, positions: Sequence[int], decreasing: bool) -> None:
+    """A log2 axis with a tick and its number at each position and nowhere else."""
+    if not positions:
+        return
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(positions, labels=[str(value) for value in positions])
+    ax.minorticks_off()
+    limits = (positions[0] / 2**0.4, positions[-1] * 2**0.4)
+    ax.set_xlim(limits[::-1] if decreasing else limits)
+
+
+def add_legend(ax: Axes, lines: Sequence[tuple[str, dict]], **options: object) -> None:
+    """A legend of (label, keyword arguments of `Line2D`); `options` go to `Axes.legend`."""
+    handles = [Line2D([], [], label=label, **line) for label, line in lines]
+    if handles:
+        ax.legend(handles=handles, **{"loc": "best", **options})
+
+
+@styled
+def add_note(ax: Axes, sentences: Sequence[str], most: int = 10) -> None:
+    """Small print under an axis: at most `most` sentences, and how many more there are."""
+    width = ax.figure.get_figwidth() * ax.get_position().width / 0.775  # in; 0.775 is a lone axis's share
+    ax.annotate(
+        _wrap(sentences, width, most),
+        xy=(0, 0),
+        xycoords="axes fraction",
+        xytext=(-30, -38),
+        textcoords="offset points",
+        verticalalignment="top",
+        fontsize=7,
+        color=GREY,
+        annotation_clip=False,
+    )
+
+
+def add_figure_note(figure: Figure, sentences: Sequence[str], most: int = 10) -> None:
+    """Small print under a whole figure, as `add_note` under an axis."""
+    text = _wrap(sentences, figure.get_figwidth() - 0.2, most)
+    figure.supxlabel(text, x=0.01, horizontalalignment="left", fontsize=7, color=GREY)
+
+
+def save(figure: Figure, *paths: Path | str) -> None:
+    """Write a figure, its format following each path's suffix; the same figure gives the same bytes every time.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    for path in map(Path, paths):
+        kind = path.suffix.removeprefix(".")
+        metadata = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.get(kind)
+        content = io.BytesIO()
+        with mpl.rc_context({**STYLE, "svg.hashsalt": "gnbench"}):
+            figure.savefig(content, format=kind, dpi=200, metadata=metadata)
+        write_atomic(path, content.getvalue())
+
+
+def _one_row_a_run(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.drop_duplicates(["sweep", "run"])
+
+
+def _draw_cells(ax: Axes, cells: pd.DataFrame, frame: pd.DataFrame, line: dict, aside: float) -> None:
+    """Mean line, intervals, a dot a seed beside the mean; a cross at the upper edge where a run failed or diverged."""
+    finished = cells[cells["n"] > 0].sort_values("x")
+    bars = np.array([finished["mean"] - finished["low"], finished["high"] - finished["mean"]], dtype=float)
+    thin = {"capsize": 2.5, "elinewidth": 1, "markeredgewidth": 1.2}
+    ax.errorbar(finished["x"], finished["mean"], yerr=np.nan_to_num(bars), **line, **thin, zorder=3)
+    done = frame[frame["status"] == "done"].merge(finished[["cell", "x"]], on="cell")
+    dot = {"linestyle": "", "marker": "o", "markersize": 2.5, "markeredgewidth": 0}
+    ax.plot(done["x"] * aside, done["test_error"], **dot, color=line["color"], alpha=0.7)
+    lost = cells[cells["diverged"] + cells["failed"] > 0]
+    if len(lost):
+        cross = {"linestyle": "", "marker": "x", "markersize": 6, "markeredgewidth": 1.5, "color": line["color"]}
+        ax.plot(lost["x"], np.full(len(lost), 0.98), **cross, transform=ax.get_xaxis_transform())
+
+
+def _draw_level(ax: Axes, cells: pd.DataFrame, frame: pd.DataFrame, positions: Sequence[int], line: dict) -> None:
+    """One cell that holds for the whole axis: a level line with its interval as a band, and its seeds at one end."""
+    low, high = positions[0] / 2**0.25, positions[-1] * 2**0.25
+    cell = cells.iloc[0]
+    ax.plot([low, high], [cell["mean"]] * 2, **{**line, "marker": ""}, zorder=2.5)
+    ax.fill_between([low, high], cell["low"], cell["high"], color=line["color"], alpha=0.15, linewidth=0)
+    _draw_cells(ax, cells.assign(x=low, low=cell["mean"], high=cell["mean"]), frame, line, aside=2**-0.07)
+
+
+def _draw_reference(ax: Axes, reference: pd.DataFrame, positions: Sequence[int]) -> list[tuple[str, dict]]:
+    """Lines of others behind ours, as far as our axis goes; returns the legend's, one a source.
+
+    A norm's colour, lighter, its marker, hollow, and a line style of the source.
+    """
+    sources = {}
+    reference = reference[reference["images_per_worker"].between(min(positions), max(positions))]
+    for (source, data, model), rows in reference.groupby(["source", "data", "model"], sort=False):
+        look = {"linestyle": LINESTYLES[len(sources) % len(LINESTYLES)], "linewidth": 0.9, "markerfacecolor": "white"}
+        sources[f"{source} ({model}, {data})"] = {**look, "color": "0.55", "marker": "o", "markersize": 4}
+        for norm, line in rows.sort_values("images_per_worker").groupby("norm"):
+            style = style_norm(norm)
+            color = _shade(style.color, 1)
+            ax.plot(
+                line["images_per_worker"],
+                line["test_error"],
+                **{**look, "color": color, "marker": style.marker, "markersize": 4, "zorder": 1.5},
+            )
+    return list(sources.items())
+
+
+def _draw_curve(ax: Axes, rows: pd.DataFrame, column: str, line: dict, offset: float) -> None:
+    """Thin lines for every run, a bold one for the mean of the finished, over the epochs that all of them have."""
+    thin = {"color": line["color"], "linestyle": "-", "linewidth": 0.5, "alpha": 0.35}
+    measured = rows[rows[column].notna()]
+    for _, run in measured.groupby(["sweep", "run"]):
+        ax.plot(run["epoch"], run[column], **thin)
+    done = measured[measured["status"] == "done"]
+    by_epoch = done.groupby("epoch")[column].agg(["mean", "count"])
+    mean = by_epoch.loc[by_epoch["count"] == by_epoch["count"].max(), "mean"]
+    every = max(1, len(mean) // 6)
+    ax.plot(mean.index, mean, **line, markevery=(int(offset * every), every), zorder=3)
+
+
+def _keep_to_percent(ax: Axes) -> None:
+    """Two seeds may have an interval of ±100 points: the axis ends where errors do."""
+    low, high = ax.get_ylim()
+    if low < 0 or high > 100:
+        ax.set_ylim(max(low, 0), min(high, 100))
+
+
+def _crop_start(ax: Axes, rows: pd.DataFrame, column: str) -> None:
+    """End the axis at the largest value after the first tenth of the epochs, so that the end can be read."""
+    later = rows.loc[rows["epoch"] > rows["epoch"].max() / 10, column].dropna()
+    shown = later if len(later) else rows[column].dropna()
+    if len(shown):
+        margin = 0.05 * (shown.max() - shown.min()) or 1
+        ax.set_ylim(shown.min() - margin, shown.max() + margin)
+
+
+def _wrap(sentences: Sequence[str], width_in: float, most: int) -> str:
+    told = [sentence for sentence in sentences if sentence]
+    more = [f"{len(told) - most} more: see the table."] if len(told) > most else []
+    parts = [sentence if sentence.endswith(".") else f"{sentence}." for sentence in told[:most]]
+    return textwrap.fill(" ".join(parts + more), int(width_in * 18.5))
+
+
+def _style_batch_size(number: int, count: int) -> dict:
+    """Dark for the largest batch, light for the smallest, each with its own line and marker."""
+    shade = mpl.colormaps["viridis"](0.85 * number / max(1, count - 1))
+    markers = ("o", "s", "^", "D", *SPARE_MARKERS)
+    marker, linestyle = markers[number % len(markers)], LINESTYLES[number % len(LINESTYLES)]
+    return {"color": to_hex(shade), "linestyle": linestyle, "marker": marker, "markersize": 4}
+
+
+def _shade(color: str, number: int) -> str:
+    """By turns lighter (1, 3, ...) and darker (2, 4, ...) than the colour."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(color))
+    step = (number + 1) // 2
+    toward = (1 - lightness) if number % 2 else -lightness
+    return to_hex(colorsys.hls_to_rgb(hue, lightness + toward * (1 - 0.65**step), saturation))

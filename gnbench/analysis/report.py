@@ -1,0 +1,389 @@
+"""`gnbench-report`: tables, figures and one HTML page of the runs in a directory. Reads records; needs no torch."""
+
+import argparse
+import base64
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gnbench.errors import UserError
+
+if TYPE_CHECKING:  # pandas takes a second to import, which --help need not wait for
+    import pandas as pd
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+MOST_CLAUSES = 4  # of the headline
+SUMMARY_COLUMNS = {  # of the page; summary.csv has more
+    "label": "norm",
+    "batch_size": "batch size",
+    "norm_batch_size": "normalization batch size",
+    "n": "n",
+    "mean": "test error (%)",
+    "interval": "95 % interval",
+    "sd": "sd",
+    "min": "min",
+    "max": "max",
+    "train_error": "training error (%)",
+    "time_s": "time (s)",
+    "images_per_s": "images/s",
+    "peak_memory_mb": "memory (MiB)",
+    "gaps": "gaps",
+}
+RUN_COLUMNS = {
+    "run": "run",
+    "status": "status",
+    "test_error": "test error (%)",
+    "final_test_error": "last epoch (%)",
+    "train_error": "training error (%)",
+    "time_s": "time (s)",
+    "device": "device",
+    "cause": "cause",
+}
+DECIMALS = {"time_s": 0, "images_per_s": 0, "peak_memory_mb": 0}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, or 2 with a sentence on stderr where a directory cannot be used."""
+    options = make_parser().parse_args(argv)
+    try:
+        if len(options.directories) > 1 and options.out is None:
+            raise UserError("--out is needed with more than one directory: it says where the report goes")
+        out = Path(options.out or options.directories[0])
+        paths, sentence = write_report(
+            options.directories, out, options.decreasing, options.reference, check_margin(options.margin)
+        )
+    except UserError as error:
+        print(f"gnbench-report: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, paths)))
+    print(sentence)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    parser = argparse.ArgumentParser(
+        prog="gnbench-report", description="Tables, figures and report.html of the runs that stand in a directory."
+    )
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="holds runs, as DIR/<run>/record.json")
+    parser.add_argument("--out", metavar="DIR", help="where the files go (default: the directory itself)")
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument(
+        "--decreasing", action="store_true", default=True, help="from the largest batch to the smallest (the default)"
+    )
+    order.add_argument("--increasing", dest="decreasing", action="store_false", help="from the smallest to the largest")
+    parser.add_argument("--reference", action="store_true", help="lay numbers that others published behind the figures")
+    parser.add_argument(
+        "--margin",
+        default="1",
+        metavar="POINTS",
+        help="points of error that count as a change in the claims (default: 1)",
+    )
+    return parser
+
+
+def check_margin(text: str) -> float:
+    """The number of `--margin`.
+
+    Raises:
+        UserError: it is not a number above 0.
+    """
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = math.nan
+    if not 0 < margin < math.inf:
+        raise UserError(f"--margin {text} is not legal: it is a number of points above 0")
+    return margin
+
+
+def write_report(
+    directories: Sequence[Path | str], out: Path, decreasing: bool = True, reference: bool = False, margin: float = 1.0
+) -> tuple[list[Path], str]:
+    """Write everything into `out`; returns the paths written and the headline.
+
+    Args:
+        decreasing: batch sizes run from the largest to the smallest.
+        reference: numbers of others lie behind ours.
+        margin: points of error that count as a change in the claims.
+
+    Raises:
+        UserError: a directory holds no records, or `out` cannot be written.
+    """
+    from gnbench.analysis import claims, figures, statistics, table
+    from gnbench.record import write_atomic
+
+    frame = table.load(*directories)
+    tables = {
+        "runs": frame,
+        "summary": statistics.summarize(frame),
+        "groups": tabulate_groups(frame),
+        "claims": claims.claims(frame, margin),
+    }
+    written = []
+    for name, content in tables.items():
+        if len(content):
+            written.append(out / f"{name}.csv")
+            write_atomic(written[-1], content.to_csv(index=False, lineterminator="\n").encode())
+    drawn = draw_figures(frame, table.curves(*directories), decreasing, reference)
+    for name, (_, figure) in drawn.items():
+        paths = [out / f"{name}.svg", out / f"{name}.png"]
+        figures.save(figure, *paths)
+        written += paths
+    images = [(title, _encode(out / f"{name}.svg")) for name, (title, _) in drawn.items()]
+    written.append(out / "report.html")
+    write_atomic(written[-1], render_page(frame, tables, images).encode())
+    return written, headline(frame)
+
+
+def draw_figures(
+    frame: "pd.DataFrame", curves_frame: "pd.DataFrame", decreasing: bool = True, reference: bool = False
+) -> dict:
+    """{file name: (title, figure)} of the figures that the runs have data for."""
+    from gnbench.analysis import diagnosis, figures, table
+
+    drawn = {}
+    for x, words in (("batch_size", "batch size"), ("norm_batch_size", "normalization batch size")):
+        if x in table.find_axes(frame):
+            others = table.choose_reference(frame, x) if reference else None
+            ax = figures.error_vs_batch_size(frame, decreasing=decreasing, x=x, reference=others)
+            drawn[f"error_vs_{x}"] = (f"Test error against {words}", ax.figure)
+    if curves_frame["epoch"].notna().any():
+        drawn["curves"] = ("Training and test error per epoch", figures.curves(curves_frame)[0].figure)
+        if table.slice_axis(frame, "batch_size")[0]["batch_size"].nunique() > 1:
+            axes = figures.curves_by_batch_size(curves_frame)
+            drawn["curves_by_batch_size"] = ("Test error per epoch at every batch size", axes[0].figure)
+    if table.find_groups(frame) is not None:
+        drawn["groups"] = ("Test error against the groups of GN", figures.error_vs_groups(frame)[0].figure)
+    if diagnosis.has_statistics(frame):
+        axes = diagnosis.error_by_statistics(frame, x=table.find_axes(frame)[-1])
+        drawn["error_by_statistics"] = ("Test error under each choice of statistics", axes[0].figure)
+    if diagnosis.has_learning_rates(frame):
+        axes = diagnosis.error_vs_learning_rate(frame)
+        drawn["error_vs_learning_rate"] = ("Held-out error against learning rate", axes[0].figure)
+    if "response_percentiles" in curves_frame:
+        axes = diagnosis.responses(curves_frame)
+        drawn["responses"] = ("Responses of the last layer per epoch", axes[0].figure)
+    return drawn
+
+
+def tabulate_groups(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Table 3 of arXiv:1803.08494: the cells of GN by number of groups and channels per group, where they vary."""
+    from gnbench.analysis import statistics, table
+
+    batch_size = table.find_groups(frame)
+    cells = statistics.summarize(frame[(frame["norm"] == "gn") & (frame["batch_size"] == batch_size)])
+    columns = ["num_groups", "channels_per_group", "setting", "batch_size", "n", "mean", "sd", "low", "high"]
+    return cells[[*columns, "diverged", "failed", "missing"]] if batch_size is not None else cells.iloc[:0]
+
+
+def headline(frame: "pd.DataFrame") -> str:
+    """The runs in one sentence, from their numbers: how each norm's test error changes over the axis they sweep."""
+    from gnbench.analysis import statistics, table
+
+    x = table.find_axes(frame)[0]
+    kept, _ = table.slice_axis(frame, x)
+    summary = statistics.summarize(kept)
+    summary["x"] = table.place_cells(summary, x)
+    if summary.empty or not summary["n"].sum():
+        counts = ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts(sort=False).items())
+        return f"No run has finished ({counts})."
+    sizes = sorted(summary["x"].dropna().astype(int).unique(), reverse=True)
+    words = x.replace("_", " ")
+    if len(sizes) < 2:
+        return _headline_of_one_size(summary, f"{words} {sizes[0]}" if sizes else "every batch size")
+    clauses, cells = [], []
+    for label in summary["label"].unique():
+        rows = summary[summary["label"] == label]
+        subject = f"{label}'s" if cells else f"{label}'s test error"
+        clause, used = _tell_change((label, subject), rows, kept, x, (sizes[0], sizes[-1]))
+        clauses.append(clause)
+        cells += used
+    if len(clauses) > MOST_CLAUSES:
+        clauses[MOST_CLAUSES:] = [f"{len(clauses) - MOST_CLAUSES} more in the table"]
+    return f"From {words} {sizes[0]} to {sizes[-1]}, {'; '.join(clauses)}{_tell_seeds(cells)}."
+
+
+def render_page(frame: "pd.DataFrame", tables: dict, images: Sequence[tuple[str, str]]) -> str:
+    """The HTML page: needs nothing from outside itself; whatever comes from records is escaped."""
+    import jinja2
+
+    from gnbench.analysis import statistics
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    unfinished = frame[frame["status"] != "done"]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        headline=headline(frame),
+        facts=list_facts(frame),
+        gaps=statistics.name_gaps(frame),
+        images=images,
+        summary=_format_summary(tables["summary"]),
+        claims=_format_claims(tables["claims"]),
+        unfinished=_format(unfinished, {"run": "run", "status": "status", "cause": "cause"}),
+        runs=_format(frame, RUN_COLUMNS),
+    )
+
+
+def list_facts(frame: "pd.DataFrame") -> list[tuple[str, str]]:
+    """(name, value) of what a reader must know before believing a figure."""
+    from gnbench.analysis import statistics, table
+
+    summary = statistics.summarize(frame)
+    readable = frame[frame["status"] != "unreadable"]
+    counts = ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts(sort=False).items())
+    torch = "torch " + readable["torch"].astype("string")
+    machines = readable.assign(torch=torch)[["device", "processor", "torch"]].drop_duplicates()
+    settings = [setting for setting in readable["setting"].unique() if setting]
+    tuned = [key for key in table.TUNED if key in readable and readable[key].nunique() > 1]
+    mixed = f"{len(settings)} configurations, drawn apart: {'; '.join(settings)}" if settings else "the same for all"
+    facts = [
+        ("Runs", f"{len(frame)}: {counts}"),
+        ("Seeds a cell", _span(summary["n"])),
+        ("Model", _names(readable["model"])),
+        ("Data", _names(readable["data"])),
+        ("Training images", _names(readable["train_size"].dropna()) or "all"),
+        ("Epochs", _names(readable["epochs"])),
+        ("Configuration besides norm, batch size and seed", mixed),
+        ("Tuned by norm or batch size", "; ".join(f"{key}: {_names(readable[key])}" for key in tuned)),
+        ("Norms", "; ".join(_describe_norms(readable))),
+        (
+            "Machines",
+            "; ".join(
+                " · ".join(str(part) for part in machine if _is_told(part))
+                for machine in machines.itertuples(index=False)
+            ),
+        ),
+        ("Test error", f"percent, top-1; {_describe_test_error(readable)}"),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _headline_of_one_size(summary: "pd.DataFrame", place: str) -> str:
+    told = summary[summary["n"] > 0].sort_values("mean", kind="stable")
+    errors = [f"{row.label} {row.mean:.1f} %" for row in told[["label", "mean"]].itertuples()]
+    if len(errors) > MOST_CLAUSES:
+        errors[MOST_CLAUSES:] = [f"{len(errors) - MOST_CLAUSES} more in the table"]
+    seeds = _tell_seeds(told.to_dict("records"))
+    return f"Mean test error at {place}, lowest first: {'; '.join(errors)}{seeds}."
+
+
+def _encode(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _tell_change(name: tuple, cells: "pd.DataFrame", frame: "pd.DataFrame", x: str, ends: tuple) -> tuple[str, list]:
+    """("BN's test error rises by 11.0 points (23.5 to 34.5 %)", the cells it rests on), or why it cannot be said."""
+    from gnbench.analysis import statistics
+
+    label, subject = name
+    words = x.replace("_", " ")
+    if cells["x"].isna().all():  # one image at a time: the same run everywhere
+        cell = cells.iloc[0]
+        if problem := _find_problem(cell, "its batch size"):
+            return f"{label} {problem}", []
+        return f"{subject} does not depend on it ({cell['mean']:.1f} %)", [cell]
+    used = []
+    for size in ends:
+        found = cells[cells["x"] == size]
+        if found.empty:
+            return f"{label} has no run at {words} {size}", []
+        if problem := _find_problem(found.iloc[0], f"{words} {size}"):
+            return f"{label} {problem}", []
+        used.append(found.iloc[0])
+    before, after = (statistics.values_by_seed(frame[frame["cell"] == cell["cell"]]) for cell in used)
+    change = statistics.compare_welch(after, before)
+    noise = ", within the noise" if change["p"] >= statistics.ALPHA else ""
+    decimals = _find_decimals(used[0]["mean"], used[1]["mean"])
+    values = f"({used[0]['mean']:.{decimals}f} to {used[1]['mean']:.{decimals}f} %{noise})"
+    if round(change["difference"], decimals) == 0:
+        return f"{subject} changes by less than {10**-decimals:g} points {values}", used
+    verb = "rises" if change["difference"] > 0 else "falls"
+    return f"{subject} {verb} by {abs(change['difference']):.{decimals}f} points {values}", used
+
+
+def _find_decimals(before: float, after: float) -> int:
+    """1, or 2 where at one decimal the two values' difference is not the difference shown."""
+    shown = round(after, 1) - round(before, 1)
+    return 1 if round(shown, 1) == round(after - before, 1) else 2
+
+
+def _find_problem(cell: "pd.Series", place: str) -> str:
+    """Why a cell's mean must not stand in a headline, or nothing."""
+    lost = [f"{cell[status]} {status}" for status in ("diverged", "failed") if cell[status]]
+    if lost:
+        return f"cannot be told, having {' and '.join(lost)} runs at {place}"
+    return f"has no finished run at {place}" if not cell["n"] else ""
+
+
+def _tell_seeds(cells: Sequence["pd.Series"]) -> str:
+    counts = [cell["n"] for cell in cells]
+    if not counts:
+        return ""
+    alone = max(counts) == 1
+    return f"; n = {_span(counts)} seed{'' if alone else 's'} a cell{', too few for an interval' if alone else ''}"
+
+
+def _format_summary(summary: "pd.DataFrame") -> list[list[str]]:
+    gaps = summary[["diverged", "failed", "missing"]].astype(int).to_dict("records")
+    told = [", ".join(f"{count} {name}" for name, count in row.items() if count) for row in gaps]
+    half = (summary["high"] - summary["low"]) / 2
+    intervals = ["" if math.isnan(value) else f"± {value:.2f}" for value in half]
+    return _format(summary.assign(interval=intervals, gaps=told), SUMMARY_COLUMNS)
+
+
+def _format_claims(claims: "pd.DataFrame") -> list[dict]:
+    """One dict a statement, for the page."""
+    return [
+        {
+            **{key: row[key] for key in ("claim", "setting", "verdict", "detail", "source")},
+            "test": f"{row['test']}, n = {row['n']}" if row["test"] else "",
+        }
+        for row in claims.to_dict("records")
+    ]
+
+
+def _format(frame: "pd.DataFrame", columns: dict) -> list[list[str]]:
+    """Rows of text, the first one the titles."""
+    rows = [[_format_value(row[key], DECIMALS.get(key, 2)) for key in columns] for row in frame.to_dict("records")]
+    return [list(columns.values()), *rows]
+
+
+def _format_value(value: object, decimals: int) -> str:
+    if not _is_told(value):
+        return "–"
+    return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+
+
+def _is_told(value: object) -> bool:
+    """Whether there is a value: neither None nor pandas' NA, which alone do not equal themselves truly, nor NaN."""
+    return value is not None and str(value) not in ("nan", "<NA>", "None", "")
+
+
+def _span(counts: Sequence[int]) -> str:
+    counts = list(counts)
+    low, high = min(counts, default=0), max(counts, default=0)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _names(values: "pd.Series") -> str:
+    return ", ".join(str(value) for value in values.unique() if _is_told(value))
+
+
+def _describe_norms(frame: "pd.DataFrame") -> list[str]:
+    keys = ["num_groups", "channels_per_group", *(key for key in frame if key.startswith("norm.") and key[5] != "_")]
+    rows = frame.drop_duplicates("label")[["label", *keys]].to_dict("records")
+    params = [[f"{key.removeprefix('norm.')} = {row[key]}" for key in keys if _is_told(row[key])] for row in rows]
+    return [f"{row['label']}: {', '.join(own)}" if own else row["label"] for row, own in zip(rows, params, strict=True)]
+
+
+def _describe_test_error(frame: "pd.DataFrame") -> str:
+    values = _names(frame["report_epochs"]) if "report_epochs" in frame else ""
+    return f"of a run, the median over its last {values} epochs".replace("  ", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,360 @@
+"""Records -> tidy frames: a row a run (`load`) or a row an epoch (`curves`). Nothing is averaged or left out here."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from gnbench.errors import UserError
+from gnbench.record import NOT_IDENTITY, find_runs, load_record
+
+REFERENCE = Path(__file__).with_name("reference.csv")
+NORM_LABELS = {"bn": "BN", "gn": "GN", "ln": "LN", "in": "IN", "none": "no norm"}  # in the order of every table
+RENAMED = {  # keys of a flattened config -> columns
+    "norm.name": "norm",
+    "norm.num_groups": "num_groups",
+    "norm.channels_per_group": "channels_per_group",
+    "model.name": "model",
+    "data.name": "data",
+    "data.train_size": "train_size",
+}
+SHORT = {"num_groups": "G", "channels_per_group": "C/G"}  # in labels
+WHOLE = ("batch_size", "norm_batch_size", "num_groups", "channels_per_group", "seed", "train_size", "epochs")
+MEASURED = (
+    *("test_error", "final_test_error", "val_error", "train_error", "train_loss"),
+    *("time_s", "images_per_s", "peak_memory_mb"),
+)
+COLUMNS = (
+    *("norm", "variant", "setting", "label", "batch_size", "norm_batch_size", "num_groups", "channels_per_group"),
+    *("seed", "model", "data", "train_size", "epochs", "base_lr", "status", "cause", *MEASURED),
+    *("epochs_done", "num_parameters", "device", "processor", "torch", "sweep", "run", "cell"),
+)
+CURVES = ("train_loss", "train_error", "test_loss", "test_error", "val_error")  # of every epoch
+IDENTITY = COLUMNS[: COLUMNS.index("status")]  # what a row is, before what it measured
+
+# How a run is executed, not what is trained: these may differ inside one cell.
+NOT_CELL = ("seed", *NOT_IDENTITY, "num_threads", "engine", "data.root", "data.cache")
+# Tuned for every norm and batch size by itself: a line may join cells that differ in these, one value a point.
+TUNED = ("base_lr", "momentum", "weight_decay", "warmup_epochs")
+AXES = ("batch_size", "norm_batch_size")
+
+
+def load(*directories: Path | str) -> pd.DataFrame:
+    """The runs of one or more sweep directories (`directory/<run>/record.json`) as a frame, a row a run.
+
+    `cell` is a digest of all of a run's config but its seed and how it was executed: rows with the same cell are the
+    same experiment. `variant` is the norm with those of its parameters that vary among the rows of that norm,
+    `setting` whatever else varies, and `label` both, as figures show them. Errors are in percent. Columns that are not
+    in `COLUMNS` are the rest of the config, flattened. A record that cannot be read is a row of status "unreadable"
+    whose `cause` says why.
+
+    Raises:
+        UserError: a directory does not exist or holds no records.
+    """
+    return _tabulate(directories).drop(columns="history")
+
+
+def curves(*directories: Path | str) -> pd.DataFrame:
+    """The same runs, a row an epoch: what a run is (the first columns of `load`), and the history of its record.
+
+    A run without a finished epoch is one row whose `epoch` is NaN.
+
+    Raises:
+        UserError: a directory does not exist or holds no records.
+    """
+    runs = _tabulate(directories)[[*IDENTITY, "status", "cause", "cell", "sweep", "run", "history"]]
+    runs = runs.explode("history", ignore_index=True)
+    entries = [entry if isinstance(entry, dict) else {} for entry in runs["history"]]
+    epochs = pd.DataFrame(entries, index=runs.index)
+    epochs = epochs.reindex(columns=list(dict.fromkeys(["epoch", *CURVES, *epochs.columns])))
+    epochs = epochs[[key for key in epochs if key not in runs]]
+    plain = [key for key in epochs if not epochs[key].map(lambda value: isinstance(value, list | dict)).any()]
+    return runs.drop(columns="history").join(epochs.assign(**epochs[plain].apply(pd.to_numeric, errors="coerce")))
+
+
+def slice_axis(frame: pd.DataFrame, x: str) -> tuple[pd.DataFrame, str]:
+    """The rows that belong on an axis of `x`, the other batch being held, and a sentence where that needs saying.
+
+    x = "batch_size" holds batch_size / norm_batch_size at its commonest value (1, unless every update holds several
+    normalization batches). x = "norm_batch_size" holds batch_size at the value with the most normalization batch
+    sizes, or lets it follow where each has but one. Norms without normalization batches stay wherever the others do.
+    """
+    shared = frame[frame["norm_batch_size"].notna()]
+    if shared.empty:
+        return frame[frame["batch_size"].notna()], ""
+    counts = shared.groupby("batch_size")["norm_batch_size"].nunique()
+    if x == "batch_size" or counts.max() == 1:
+        ratio = count_norm_batches(shared)
+        off = shared.index[shared["batch_size"] != ratio * shared["norm_batch_size"]]
+        sizes, held = frame["batch_size"].dropna().unique(), f"batch_size = {ratio:g} · norm_batch_size"
+        plain = ratio == 1
+    else:
+        off, size = [], max(counts[counts == counts.max()].index)
+        sizes, held, plain = [size], f"batch_size = {size}", True
+    stays = frame["batch_size"].isin(sizes) & ~frame.index.isin(off)
+    left_out = int((frame["batch_size"].notna() & ~stays).sum())
+    more = f"; {left_out} other runs are in the table" if left_out else ""
+    return frame[stays], "" if plain and not left_out else f"Shown: {held}{more}."
+
+
+def count_norm_batches(frame: pd.DataFrame) -> float:
+    """Normalization batches in an update, batch_size / norm_batch_size, at most batch sizes; 1 where no norm has any.
+
+    The paper's setting of 8 workers is 8.
+    """
+    points = frame.dropna(subset="norm_batch_size").drop_duplicates(list(AXES))
+    ratios = (points["batch_size"] / points["norm_batch_size"]).astype(float).value_counts()
+    return float(min(ratios[ratios == ratios.max()].index, default=1))
+
+
+def place_cells(cells: pd.DataFrame, x: str) -> pd.Series:
+    """Where rows stand on the axis `x`; NaN for those that are level over it.
+
+    On the axis of normalization batch sizes, a norm that has none stands where the others of its batch size do, if
+    that is one place.
+    """
+    shared = cells[cells["norm_batch_size"].notna()]
+    if x == "batch_size" or shared.empty:
+        return cells["batch_size"].astype(float)
+    partners = shared.groupby("batch_size")["norm_batch_size"].agg(["nunique", "first"])
+    alone = partners.loc[partners["nunique"] == 1, "first"].astype(float)
+    return cells["norm_batch_size"].astype(float).fillna(cells["batch_size"].map(alone).astype(float))
+
+
+def find_axes(frame: pd.DataFrame) -> list[str]:
+    """Which of "batch_size" and "norm_batch_size" the runs sweep; the first of them where they sweep neither.
+
+    Where every update holds several normalization batches, as with the paper's 8 workers, the second is the axis.
+    """
+    found = []
+    if slice_axis(frame, "batch_size")[0]["batch_size"].nunique() > 1:
+        found.append(AXES[0] if count_norm_batches(frame) == 1 else AXES[1])
+    if frame.groupby("batch_size")["norm_batch_size"].nunique().max() > 1:
+        found.append(AXES[1])
+    return list(dict.fromkeys(found)) or [AXES[0]]
+
+
+def find_groups(frame: pd.DataFrame) -> int | None:
+    """The batch size at which most group counts or channel counts of GN were trained; None if nowhere two of one."""
+    groups = frame[frame["norm"] == "gn"].groupby("batch_size")[["num_groups", "channels_per_group"]].nunique()
+    counts = groups.sort_index(ascending=False).where(groups > 1, 0).sum(axis="columns")
+    return None if counts.empty or counts.max() == 0 else int(counts.idxmax())
+
+
+def load_reference() -> pd.DataFrame:
+    """Numbers that others published, a row a number with its `source`, from reference.csv.
+
+    The batch axis is `images_per_worker`, the images that share statistics; an update has `workers` times as many.
+    `test_error` is top-1 in percent, `sd` over `n` runs where the source has several.
+    """
+    return pd.read_csv(REFERENCE, dtype={"n": "Int64", "num_groups": "Int64", "channels_per_group": "Int64"})
+
+
+def choose_reference(frame: pd.DataFrame, x: str) -> pd.DataFrame:
+    """The published lines over the axis `x` for the norms of a frame: the papers', and those on the same data."""
+    reference = load_reference()
+    names = frame["data"].dropna().unique()
+    same_data = [data for data in reference["data"].unique() if any(_is_kind(name, data) for name in names)]
+    paper = reference["source"].isin(["Wu & He 2018", "Wu & Johnson 2021"]) & (reference["model"] == "resnet50")
+    usual = reference["statistics"].isna() | (reference["statistics"] == "population")
+    chosen = reference[(paper | reference["data"].isin(same_data)) & usual & reference["norm"].isin(frame["norm"])]
+    lines = chosen.groupby(["source", "place", "data", "model", "norm"])
+    spans = lines["images_per_worker"].transform("nunique") > 1
+    update = chosen["images_per_worker"] * chosen["workers"]
+    held = update.groupby([chosen[key] for key in lines.keys]).transform("nunique") == 1
+    return chosen[spans & (held if x == "norm_batch_size" else ~held)]
+
+
+def label_norm(name: str) -> str:
+    """BN for bn, and so on; a norm that the paper does not know keeps its name."""
+    return NORM_LABELS.get(name, name)
+
+
+def rank_norm(name: str) -> tuple[int, str]:
+    """Sort key: the paper's norms in its order, then the others by name."""
+    order = list(NORM_LABELS)
+    return (order.index(name), "") if name in order else (len(order), str(name))
+
+
+def _read_directory(directory: Path | str) -> list[dict]:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give one that holds runs (<directory>/<run>/record.json)")
+    paths = find_runs(directory)
+    if not paths:
+        raise UserError(f"{directory}: holds no records; runs stand directly in it, as <run>/record.json")
+    return [_read_run(path) for path in paths]
+
+
+def _read_run(path: Path) -> dict:
+    place = {"sweep": path.parent.parent.resolve().name, "run": path.parent.name}
+    try:
+        return {**_flatten_record(load_record(path)), **place}
+    except UserError as error:
+        return {"status": "unreadable", "cause": str(error).removeprefix(f"{path}: "), "history": [], **place}
+
+
+def _flatten_record(record: dict) -> dict:
+    """One row; config keys first, so that a config cannot shadow what was measured."""
+    config = {RENAMED.get(key, key): value for key, value in _flatten(record["config"]).items()}
+    config["norm_batch_size"] = config.get("norm_batch_size") or config.get("norm.norm_batch_size")
+    config.pop("norm.norm_batch_size", None)
+    _check_config(config)
+    config["data_fingerprint"] = record.get("data_fingerprint")  # of the images' content, beside their name
+    history = [entry for entry in record.get("history") or [] if isinstance(entry, dict)]
+    environment = record.get("environment") or {}
+    return {
+        **config,
+        "cell": _digest_cell(config),
+        "status": str(record.get("status")),
+        "cause": record.get("cause"),
+        **_measure(record, config, history),
+        "epochs_done": len(history),
+        "num_parameters": record.get("num_parameters"),
+        "device": environment.get("device", config.get("device")),
+        "processor": environment.get("processor"),
+        "torch": environment.get("torch"),
+        "history": history,
+    }
+
+
+def _flatten(config: dict, prefix: str = "") -> dict:
+    """{"norm": {"eps": 1}} -> {"norm.eps": 1}; lists become JSON, so that every value can be compared."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def _check_config(config: dict) -> None:
+    if not isinstance(config.get("norm"), str):
+        raise UserError(f"config.norm.name is {config.get('norm')!r}, a name is needed")
+    for key in WHOLE:
+        value = config.get(key)
+        required = key in ("batch_size", "seed")
+        if (value is None and required) or (value is not None and (type(value) is not int or not 0 <= value < 2**63)):
+            raise UserError(f"config: {key} is {value!r}, a whole number is needed")
+
+
+def _digest_cell(config: dict) -> str:
+    kept = {key: value for key, value in config.items() if value is not None and not _is_how(key)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _is_how(key: str) -> bool:
+    return key in NOT_CELL or key.split(".")[0] in NOT_CELL
+
+
+def _measure(record: dict, config: dict, history: list[dict]) -> dict:
+    """Results of a finished run; time and memory of any."""
+    done = record.get("status") == "done"
+    result = (record.get("result") or {}) if done else {}
+    if done and not _is_number(result.get("test_error")):
+        raise UserError(f"status is done, but result.test_error is {result.get('test_error')!r}")
+    by_statistics = result.get("test_error_by_statistics") or {}  # ema, precise, batch: what BN may evaluate with
+    spent = [entry["time_s"] for entry in history if _is_number(entry.get("time_s"))]
+    memory = [entry["peak_memory_mb"] for entry in history if _is_number(entry.get("peak_memory_mb"))]
+    steps = history[-1].get("step") if history else None
+    known_speed = _is_number(steps) and sum(spent) > 0
+    measured = {key: value for key, value in result.items() if _is_number(value)}
+    return {
+        **{key: measured.get(key, math.nan) for key in MEASURED},
+        **{f"test_error_{key}": value for key, value in by_statistics.items() if _is_number(value)},
+        "time_s": measured.get("time_s", sum(spent)),
+        "images_per_s": steps * config["batch_size"] / sum(spent) if known_speed else math.nan,
+        "peak_memory_mb": max(memory, default=math.nan),
+    }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tabulate(directories: tuple[Path | str, ...]) -> pd.DataFrame:
+    rows = [row for directory in directories for row in _read_directory(directory)]
+    return _arrange(_label(pd.DataFrame(rows)))
+
+
+def _label(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add `variant`, `setting` and `label`: what tells the rows of one point of an axis apart, and no more."""
+    frame = frame.reindex(columns=list(dict.fromkeys([*COLUMNS, *frame.columns]))).copy()
+    frame[["variant", "setting", "label"]] = ""
+    readable = frame[frame["status"] != "unreadable"]
+    for norm, rows in readable.groupby("norm"):
+        own = ["num_groups", "channels_per_group", *sorted(key for key in frame if key.startswith("norm."))]
+        keys = _distinguish(rows, own)
+        if set(keys) & set(SHORT):  # a run gives one of the two and leaves the other empty
+            keys = list(dict.fromkeys([*SHORT, *keys]))
+        variants, parts = _describe(rows, keys, {}), _describe(rows, keys, SHORT)
+        frame.loc[rows.index, "variant"] = [f"{norm} {variant}".strip() for variant in variants]
+        frame.loc[rows.index, "label"] = [
+            f"{label_norm(norm)} ({part})" if part else label_norm(norm) for part in parts
+        ]
+    settings = _setting_keys(frame.loc[readable.index])
+    frame.loc[readable.index, "setting"] = _describe(readable, settings, {})
+    titles = frame.loc[readable.index, "setting"].map(lambda setting: f" [{setting}]" if setting else "")
+    frame.loc[readable.index, "label"] = frame.loc[readable.index, "label"] + titles
+    return frame
+
+
+def _setting_keys(frame: pd.DataFrame) -> list[str]:
+    """Config keys, not of a norm and no axis, by which runs differ; a tuned one only if it differs at a point."""
+    first = ("data", "model", "train_size", "epochs")
+    measured = (*COLUMNS, "history")
+    others = sorted(key for key in frame if key not in measured and not key.startswith(("norm.", "test_error_")))
+    kept = _distinguish(frame, [key for key in (*first, *others) if not _is_how(key) and key not in TUNED])
+    texts = {key: frame[key].map(_text) for key in kept}
+    points = frame.assign(**texts).groupby(["variant", *AXES, *kept], dropna=False)
+    for key in TUNED:
+        if key in frame and any(rows[key].map(_text).nunique() > 1 for _, rows in points):
+            kept.append(key)
+    return kept
+
+
+def _distinguish(frame: pd.DataFrame, keys: list[str]) -> list[str]:
+    """The keys needed to tell the frame's configs apart; one that only repeats what earlier ones say is left out."""
+    kept, parts = [], 1
+    for key in keys:
+        count = len(frame[[*kept, key]].map(_text).drop_duplicates())
+        if count > parts:
+            kept, parts = [*kept, key], count
+    return kept
+
+
+def _describe(frame: pd.DataFrame, keys: list[str], short: dict) -> list[str]:
+    """One text a row, like "num_groups=8, eps=1e-05"; a key without a value is not told."""
+    return [
+        ", ".join(f"{short.get(key, key)}={_text(row[key])}" for key in keys if _text(row[key]))
+        for row in frame.to_dict("records")
+    ]
+
+
+def _is_kind(name: str, data: str) -> bool:
+    """Whether a data set is a kind of another: cifar10-jpeg of cifar10, but not cifar100."""
+    return name == data or name.startswith((f"{data}-", f"{data}_"))
+
+
+def _text(value: object) -> str:
+    """A config value as text: the same for 8 and 8.0, which a frame does not keep apart, and nothing for no value."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _arrange(frame: pd.DataFrame) -> pd.DataFrame:
+    """Settle types, columns and the order of rows: by norm, variant, setting, falling batch sizes and seed."""
+    for key in (*WHOLE, "epochs_done", "num_parameters"):
+        frame[key] = pd.to_numeric(frame[key], errors="coerce").astype("Int64")
+    numbers = [*MEASURED, "base_lr"]
+    frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    frame = frame[[*COLUMNS, *sorted(key for key in frame if key not in COLUMNS)]]
+    ranks = {norm: rank for rank, norm in enumerate(sorted(frame["norm"].dropna().unique(), key=rank_norm))}
+    falling = ("num_groups", "channels_per_group", *AXES)
+    by = ["rank", "num_groups", "channels_per_group", "variant", "setting", *AXES, "seed", "sweep", "run"]
+    ordered = frame.assign(rank=frame["norm"].map(ranks)).sort_values(by, ascending=[key not in falling for key in by])
+    return ordered.drop(columns="rank").reset_index(drop=True)

@@ -1,0 +1,317 @@
+"""The command as a user runs it, the page it writes, and the sentence on top of it."""
+
+import html.parser
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from synthetic import write_run, write_sweep
+
+from gnbench.analysis import report, table
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("batch_size"), sd=0.3)
+
+
+@pytest.fixture(scope="module")
+def written(sweep, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert report.main([str(sweep), "--out", str(out)]) == 0
+    return out
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def read_page(out):
+    return Page((out / "report.html").read_text(encoding="utf-8"))
+
+
+def test_it_writes_everything_where_it_is_told(sweep, written):
+    names = {"runs.csv", "summary.csv", "claims.csv", "report.html"}
+    for name in ("error_vs_batch_size", "curves", "curves_by_batch_size"):
+        names |= {f"{name}.svg", f"{name}.png"}
+    assert names <= {path.name for path in written.iterdir()}
+    assert not list(sweep.glob("*.csv"))
+
+
+def test_it_writes_into_the_directory_itself_and_says_what(tmp_path, capsys):
+    write_run(tmp_path)
+    assert report.main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(lines[:-1]) == {str(path) for path in tmp_path.iterdir() if path.is_file()}
+    assert str(tmp_path / "report.html") in lines
+    assert lines[-1] == report.headline(table.load(tmp_path))
+    assert report.main([str(tmp_path)]) == 0  # its own files do not disturb it
+
+
+def test_tables_hold_the_numbers(sweep, written):
+    runs, summary = pd.read_csv(written / "runs.csv"), pd.read_csv(written / "summary.csv")
+    assert len(runs) == 30
+    assert runs["test_error"].to_list() == pytest.approx(table.load(sweep)["test_error"].to_list())
+    assert len(summary) == 10
+    assert set(summary["n"]) == {3}
+
+
+def test_another_process_writes_the_same_bytes_and_needs_no_torch(sweep, written, tmp_path):
+    code = (
+        "import sys, gnbench.analysis.report as report; assert report.main(sys.argv[1:]) == 0; "
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, sweep, "--out", tmp_path]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "False"
+    files = sorted(path.name for path in written.iterdir())
+    assert files == sorted(path.name for path in tmp_path.iterdir())
+    for name in files:
+        assert (written / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_the_page_needs_nothing_from_outside(written):
+    page = read_page(written)
+    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert links
+    assert all(link.startswith("data:") for link in links)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+
+
+def test_the_page_can_be_read_without_eyes(written):
+    page = read_page(written)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 3
+    assert all("test error" in image["alt"].lower() for image in images)
+    assert ("html", {"lang": "en"}) in page.tags
+    assert {"title", "main", "h1", "caption"} <= {tag for tag, _ in page.tags}
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+
+
+def test_the_page_says_what_was_run(written):
+    text = read_page(written).text()
+    for fact in ("30 done", "Seeds a cell 3", "resnet20", "cifar10", "Epochs 30", "cpu · Made-up 9000 · torch 2.13.0"):
+        assert fact in text
+    assert "Not everything is here" not in text
+    assert "the same for all" in text
+
+
+def test_the_page_names_what_is_missing_failed_and_diverged(tmp_path):
+    write_sweep(tmp_path, batch_sizes=(32, 2), seeds=(0, 1))
+    write_run(tmp_path, "bn", 4, 0, status="diverged", cause="the training loss is not finite by step 7")
+    write_run(tmp_path, "bn", 4, 1, status="failed", cause="RuntimeError: no memory")
+    write_run(tmp_path, "gn", 4, 0).write_text("broken")
+    report.main([str(tmp_path)])
+    text = read_page(tmp_path).text()
+    assert "1 of 2 runs diverged (seed 0); 1 of 2 runs failed (seed 1)" in text
+    assert "GN at batch size 4: no run" in text
+    assert "not finite by step 7" in text
+    assert "RuntimeError: no memory" in text
+    assert "is unreadable: not a whole JSON file" in text
+
+
+def test_the_page_says_when_configurations_are_mixed(tmp_path):
+    write_run(tmp_path, epochs=10)
+    write_run(tmp_path, epochs=30)
+    report.main([str(tmp_path)])
+    assert "2 configurations, drawn apart: epochs=10; epochs=30" in read_page(tmp_path).text()
+
+
+def test_records_of_strangers_are_escaped(tmp_path):
+    evil = '<script>alert("1")</script>'
+    write_run(tmp_path, "frn", 32, test_error=20, data={"name": evil}, model={"name": f"m{evil}"})
+    write_run(tmp_path, evil, 32, 1, test_error=20, status="failed", cause=f"</td>{evil}", device=evil)
+    assert report.main([str(tmp_path)]) == 0
+    page = read_page(tmp_path)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert evil in page.text()
+
+
+def test_groups_make_a_figure_and_a_table(tmp_path):
+    for num_groups in (8, 4):
+        write_run(tmp_path, "gn", 32, norm_keys={"num_groups": num_groups}, test_error=20 + num_groups)
+    report.main([str(tmp_path)])
+    groups = pd.read_csv(tmp_path / "groups.csv")
+    assert dict(zip(groups["num_groups"], groups["mean"], strict=True)) == {8: 28, 4: 24}
+    assert (tmp_path / "groups.svg").exists()
+
+
+def test_the_norm_batch_axis_has_its_own_figure(tmp_path):
+    for norm_batch_size in (32, 2):
+        write_run(tmp_path, "bn", 32, norm_batch_size=norm_batch_size)
+    report.main([str(tmp_path)])
+    assert (tmp_path / "error_vs_norm_batch_size.svg").exists()
+    assert not (tmp_path / "error_vs_batch_size.svg").exists()
+
+
+def test_claims_are_judged_with_the_margin_that_is_given(sweep, written, tmp_path):
+    found = pd.read_csv(written / "claims.csv").set_index("claim")["verdict"]
+    assert found["BN's test error rises by more than 1 point from batch size 32 to 2."] == "holds"
+    assert "holds BN's test error rises by more than 1 point" in read_page(written).text()
+    assert report.main([str(sweep), "--out", str(tmp_path), "--margin", "30", "--reference", "--increasing"]) == 0
+    found = pd.read_csv(tmp_path / "claims.csv").set_index("claim")["verdict"]
+    assert found["BN's test error rises by more than 30 points from batch size 32 to 2."] == "does not hold"
+    assert (tmp_path / "error_vs_batch_size.svg").read_bytes() != (written / "error_vs_batch_size.svg").read_bytes()
+
+
+@pytest.mark.parametrize("margin", ["0", "-1", "nan", "inf", "wide"])
+def test_a_margin_that_makes_no_sense_is_a_sentence(sweep, margin, capsys):
+    assert report.main([str(sweep), "--margin", margin]) == 2
+    assert f"--margin {margin} is not legal: it is a number of points above 0" in capsys.readouterr().err
+
+
+def test_two_directories_need_a_place_to_write(tmp_path, capsys):
+    write_run(tmp_path / "one", "bn")
+    write_run(tmp_path / "two", "gn")
+    both = [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert report.main(both) == 2
+    assert "--out" in capsys.readouterr().err
+    assert report.main([*both, "--out", str(tmp_path / "out")]) == 0
+    assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 2
+
+
+@pytest.mark.parametrize("place", ["absent", "empty", "file"])
+def test_a_bad_directory_is_a_sentence_and_exit_code_2(tmp_path, place, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert report.main([str(tmp_path / place)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gnbench-report: ")
+    assert place in err
+    assert err.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(sweep, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert report.main([str(sweep), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_help_and_import_need_neither_torch_nor_pandas():
+    code = (
+        "import sys, gnbench.analysis.report as report\n"
+        "try: report.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "print(sorted({'torch', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def write_cells(directory, norm, errors, **options):
+    """{batch size: errors of its seeds}"""
+    for batch_size, values in errors.items():
+        for seed, error in enumerate(values):
+            write_run(directory, norm, batch_size, seed, test_error=error, **options)
+
+
+def test_headline_of_a_rise_and_a_fall(tmp_path):
+    write_cells(tmp_path, "bn", {32: (57.1, 57.2, 57.3), 8: (60.0,) * 3, 2: (71.3, 71.4, 71.5)})
+    write_cells(tmp_path, "gn", {32: (58.3, 58.4, 58.5), 8: (58.0,) * 3, 2: (57.4, 57.5, 57.6)})
+    assert report.headline(table.load(tmp_path)) == (
+        "From batch size 32 to 2, BN's test error rises by 14.2 points (57.2 to 71.4 %); "
+        "GN's falls by 0.9 points (58.4 to 57.5 %); n = 3 seeds a cell."
+    )
+
+
+def test_headline_says_what_is_within_the_noise(tmp_path):
+    write_cells(tmp_path, "gn", {32: (24.0, 24.4), 2: (24.1, 24.5)})
+    assert report.headline(table.load(tmp_path)) == (
+        "From batch size 32 to 2, GN's test error rises by 0.1 points (24.2 to 24.3 %, within the noise); "
+        "n = 2 seeds a cell."
+    )
+
+
+def test_headline_of_one_seed(tmp_path):
+    write_cells(tmp_path, "bn", {32: (23.6,), 2: (34.7,)})
+    write_cells(tmp_path, "gn", {32: (24.1,), 2: (24.12,)})
+    assert report.headline(table.load(tmp_path)) == (
+        "From batch size 32 to 2, BN's test error rises by 11.1 points (23.6 to 34.7 %); "
+        "GN's changes by less than 0.1 points (24.1 to 24.1 %); n = 1 seed a cell, too few for an interval."
+    )
+
+
+def test_headline_with_cells_that_have_no_result(tmp_path):
+    write_cells(tmp_path, "bn", {32: (23.6,), 2: (34.7,)})
+    write_run(tmp_path, "gn", 32, test_error=24)
+    write_run(tmp_path, "ln", 32, test_error=25)
+    write_run(tmp_path, "ln", 2, status="running")
+    write_run(tmp_path, "in", 32, test_error=28)
+    write_run(tmp_path, "in", 2, 0, status="diverged")
+    write_run(tmp_path, "in", 2, 1, test_error=28)
+    assert report.headline(table.load(tmp_path)) == (
+        "From batch size 32 to 2, BN's test error rises by 11.1 points (23.6 to 34.7 %); "
+        "GN has no run at batch size 2; LN has no finished run at batch size 2; "
+        "IN cannot be told, having 1 diverged runs at batch size 2; n = 1 seed a cell, too few for an interval."
+    )
+
+
+def test_headline_of_one_batch_size(tmp_path):
+    write_cells(tmp_path, "bn", {32: (23.6, 23.8)})
+    write_cells(tmp_path, "gn", {32: (24.1,)})
+    assert report.headline(table.load(tmp_path)) == (
+        "Mean test error at batch size 32, lowest first: BN 23.7 %; GN 24.1 %; n = 1 to 2 seeds a cell."
+    )
+
+
+def test_headline_of_a_norm_batch_sweep(tmp_path):
+    for norm_batch_size, error in ((32, 10.0), (2, 14.0)):
+        for seed in (0, 1):
+            write_run(tmp_path, "bn", 32, seed, norm_batch_size=norm_batch_size, test_error=error + seed / 10)
+    write_run(tmp_path, "gn", 32, 0, test_error=11.0)
+    write_run(tmp_path, "gn", 32, 1, test_error=11.2)
+    assert report.headline(table.load(tmp_path)) == (
+        "From norm batch size 32 to 2, BN's test error rises by 4.0 points (10.1 to 14.1 %); "
+        "GN's does not depend on it (11.1 %); n = 2 seeds a cell."
+    )
+
+
+def test_headline_of_the_papers_workers(tmp_path):
+    for images, error in ((32, 10.0), (2, 14.0)):
+        write_run(tmp_path, "bn", 8 * images, norm_batch_size=images, test_error=error)
+        write_run(tmp_path, "gn", 8 * images, test_error=11.0)
+    assert report.headline(table.load(tmp_path)) == (
+        "From norm batch size 32 to 2, BN's test error rises by 4.0 points (10.0 to 14.0 %); "
+        "GN's changes by less than 0.1 points (11.0 to 11.0 %); n = 1 seed a cell, too few for an interval."
+    )
+
+
+def test_headline_without_any_result(tmp_path):
+    write_run(tmp_path, seed=0, status="failed")
+    write_run(tmp_path, seed=1, status="running")
+    write_run(tmp_path, seed=2).write_text("broken")
+    sentence = report.headline(table.load(tmp_path))
+    assert sentence == "No run has finished (1 failed, 1 running, 1 unreadable)."
+
+
+def test_headline_keeps_configurations_apart(tmp_path):
+    write_cells(tmp_path, "bn", {32: (20.0,), 2: (30.0,)}, epochs=30)
+    write_cells(tmp_path, "bn", {32: (50.0,), 2: (55.0,)}, epochs=3)
+    sentence = report.headline(table.load(tmp_path))
+    assert "BN [epochs=30]'s rises by 10.0 points" in sentence
+    assert "BN [epochs=3]'s test error rises by 5.0 points" in sentence
+
+
+def test_headline_stays_short(tmp_path):
+    for num_groups in (1, 2, 4, 8, 16):
+        keys = {"norm_keys": {"num_groups": num_groups}}
+        write_cells(tmp_path, "gn", {32: (24.0,), 2: (24.5,)}, **keys)
+    assert "; 1 more in the table; n = 1" in report.headline(table.load(tmp_path))
