@@ -1,15 +1,17 @@
 """The state of an unfinished run on the disk: tensors and plain values, under a checksum, with one predecessor kept."""
 
+import contextlib
 import hashlib
 import io
 import logging
 import os
-import pickle
 from pathlib import Path
 
 import torch
 
-from gnbench.record import write_atomic
+from gnbench.crash import crash_at
+from gnbench.errors import UserError
+from gnbench.record import cannot_write, set_aside, write_atomic
 
 log = logging.getLogger(__name__)
 CURRENT = "checkpoint.pt"
@@ -26,35 +28,51 @@ def save_checkpoint(directory: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    if (directory / CURRENT).exists():
-        os.replace(directory / CURRENT, directory / PREVIOUS)
+    try:
+        if (directory / CURRENT).exists():
+            os.replace(directory / CURRENT, directory / PREVIOUS)
+    except OSError as error:
+        raise cannot_write(directory / CURRENT, error) from error
+    crash_at("rotated")
     write_atomic(directory / CURRENT, content + hashlib.sha256(content).digest())
 
 
 def load_checkpoint(directory: Path) -> dict | None:
-    """The newest state whose checksum holds, or None. A file that fails it is set aside as `*.corrupt` and named."""
+    """The newest state whose checksum holds, or None. A file that fails it is set aside as `*.corrupt` and named.
+
+    Raises:
+        UserError: a file cannot be read, or not be set aside.
+    """
+    damaged = False
     for path in (directory / CURRENT, directory / PREVIOUS):
         if path.exists():
             state = _load(path)
             if state is not None:
                 return state
-            path.replace(path.with_suffix(".pt.corrupt"))
-            log.warning("%s does not match its checksum; it is kept as %s.corrupt", path, path.name)
+            log.warning("%s does not match its checksum; it is kept as %s", path, set_aside(path).name)
+            damaged = True
+    if damaged:
+        log.warning("%s: no checkpoint is whole; the run starts again", directory)
     return None
 
 
 def delete_checkpoints(directory: Path) -> None:
-    """Remove what a finished run no longer needs."""
+    """Remove what a finished run no longer needs. What cannot be removed stays: it does no harm."""
     for name in (CURRENT, PREVIOUS):
-        (directory / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (directory / name).unlink(missing_ok=True)
 
 
 def _load(path: Path) -> dict | None:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     body, checksum = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != checksum:
         return None
     try:
-        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):  # written whole, by something else
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception:  # written whole, by something else: what torch raises then is anything
         return None
+    return state if isinstance(state, dict) else None

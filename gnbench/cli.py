@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -44,6 +45,7 @@ class Config(Recipe):
     tuned_from: str | None = None  # results of sweep=tune, whose best base_lr for the cell is taken
     seed: int = 0  # of the initialization, the order of images and the augmentation
     precision: str = "float32"  # float32, tf32 (on a GPU), bf16 (mixed)
+    deterministic: bool | None = None  # whether a GPU uses algorithms that give the same bits every time; a CPU does
     num_threads: Any = "auto"  # auto: 1 in a sweep, which runs one process a core; all cores for a single run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     results: str = "results/runs"  # where the run's directory goes; a sweep has its own
@@ -109,6 +111,9 @@ def _exit_on_error() -> Iterator[None]:
     """End the process with a sentence and a status; with GNBENCH_TRACEBACK=1, with the traceback."""
     try:
         yield
+    except KeyboardInterrupt:  # a sweep's launcher, or a run before its first step
+        print("gnbench: stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if os.environ.get("GNBENCH_TRACEBACK") == "1":
             raise

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ class Run:
 
     config: dict  # resolved, plain values, as its record keeps it
     digest: str
+    data_fingerprint: str  # of the images' content, which the data's name does not tell
     directory: Path
 
     @property
@@ -41,7 +43,7 @@ class Run:
             record = load_record(self.directory / RECORD)
         except UserError:
             return False
-        return record["status"] in FINISHED and record["digest"] == self.digest
+        return record.get("status") in FINISHED and record.get("digest") == self.digest
 
 
 def plan_run(config: dict, default_threads: int) -> Run:
@@ -60,8 +62,11 @@ def plan_run(config: dict, default_threads: int) -> Run:
         raise UserError(f"seed={config['seed']} is not legal: it is 0 or more")
     if config["checkpoint_s"] <= 0:
         raise UserError(f"checkpoint_s={config['checkpoint_s']} is not legal: it is a number of seconds above 0")
+    if not config.get("deterministic"):  # asks for nothing: records, and their cells, are those from before the key
+        config.pop("deterministic", None)
     if config["tuned_from"] is not None:
         config["base_lr"], config["tuning"] = choose_base_lr(config)
+    _require_finite(config)
     recipe = make_recipe(config)
     _check_norm_batch_size(config)
     if "norm_batch_size" not in config["norm"]:  # no batch statistics: one run serves all that only they notice
@@ -70,7 +75,7 @@ def plan_run(config: dict, default_threads: int) -> Run:
     num_train, _ = split_sizes(images, config["data"]["train_size"], config["data"]["val_size"])
     recipe.total_steps(num_train)  # there is at least one batch
     identity = digest(config, images.fingerprint)
-    return Run(config, identity, Path(config["results"]) / run_name(config, identity))
+    return Run(config, identity, images.fingerprint, Path(config["results"]) / run_name(config, identity))
 
 
 def make_recipe(config: dict) -> Recipe:
@@ -108,6 +113,15 @@ def _num_threads(asked: int | str, default: int) -> int:
     if not isinstance(asked, int) or asked < 1:
         raise UserError(f"num_threads={asked} is not legal: it is auto, or a number of 1 or more")
     return asked
+
+
+def _require_finite(config: dict, prefix: str = "") -> None:
+    """JSON, and so a record, has no number that is not finite."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _require_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{prefix}{key}={value} is not legal: it is a finite number")
 
 
 def _check_norm_batch_size(config: dict) -> None:

@@ -4,18 +4,26 @@ Standard library only, so that either half can read a record without the other's
 file a run, written aside, flushed and renamed; it carries a SHA-256 of its own content, which every load checks.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from gnbench.crash import crash_at
 from gnbench.errors import UserError
 
 SCHEMA = 1  # of the record and of what a digest covers; a change of either starts a new number
 RECORD = "record.json"
+LOG = "run.log"
+LOCK = ".lock"  # held while a process trains the run; the system lets go of it when the process dies
+STATUSES = ("running", "done", "diverged", "failed", "interrupted")
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
+PART = ".part"  # ends the name of a file that is still being written
+CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is kept as evidence
 
 # What decides how or where a run is executed and is shown in its record, but cannot change its numbers.
 NOT_IDENTITY = ("results", "device", "checkpoint_s", "tuned_from", "tuning")
@@ -45,7 +53,9 @@ def save_record(path: Path | str, record: dict) -> None:
     content = {**record, "schema": SCHEMA}
     content.pop("sha256", None)
     content["sha256"] = hashlib.sha256(_canonical(content)).hexdigest()
-    write_atomic(Path(path), json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    # a path that is no Unicode holds lone surrogates; backslashreplace turns them into JSON's own escapes
+    write_atomic(Path(path), text.encode(errors="backslashreplace") + b"\n")
 
 
 def load_record(path: Path | str) -> dict:
@@ -59,14 +69,18 @@ def load_record(path: Path | str) -> dict:
         record = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a whole JSON file") from error
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise UserError(f"{path}: not a record of gnbench")
     if record.get("schema") != SCHEMA:
         raise UserError(f"{path}: schema {record.get('schema')!r}, this version of gnbench reads {SCHEMA}")
     content = {key: value for key, value in record.items() if key != "sha256"}
-    if hashlib.sha256(_canonical(content)).hexdigest() != record.get("sha256"):
+    try:
+        checksum = hashlib.sha256(_canonical(content)).hexdigest()
+    except ValueError as error:
+        raise UserError(f"{path}: holds a number that is not finite") from error
+    if checksum != record.get("sha256"):
         raise UserError(f"{path}: its content does not match its checksum")
     return record
 
@@ -83,20 +97,51 @@ def write_atomic(path: Path, content: bytes) -> None:
         UserError: the disk is full or the place cannot be written; what stood at `path` is untouched.
     """
     temporary = None
+    half = len(content) // 2
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PART, delete=False) as file:
             temporary = Path(file.name)
-            file.write(content)
+            file.write(content[:half])
+            crash_at(f"{path.name}.half")
+            file.write(content[half:])
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
+        crash_at(f"{path.name}.written")
         os.replace(temporary, path)
+        crash_at(f"{path.name}.renamed")
         _sync_directory(path.parent)
     except OSError as error:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}{_free_space(path.parent)}") from error
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError | NotImplementedError) -> UserError:
+    """The sentence for a file or directory that could not be written: its path, why, and how much space there is."""
+    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}{_free_space(path)}")
+
+
+def delete_parts(directory: Path) -> None:
+    """Remove what a process that was killed while it wrote has left. The caller holds the directory's lock."""
+    for path in directory.glob(f".*{PART}"):
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that failed its checksum, so that it is evidence and in nobody's way; returns its new place.
+
+    Raises:
+        UserError: it cannot be renamed.
+    """
+    names = (path.with_name(f"{path.name}{CORRUPT}{number or ''}") for number in itertools.count())
+    place = next(name for name in names if not name.exists())
+    try:
+        return path.rename(place)
+    except OSError as error:
+        raise cannot_write(place, error) from error
 
 
 def _drop_none(value: object) -> object:
@@ -125,8 +170,9 @@ def _sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _free_space(directory: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free)"
-    except OSError:
-        return ""
+def _free_space(path: Path) -> str:
+    """Of the disk of the nearest directory above `path` that exists."""
+    for directory in path.absolute().parents:
+        with contextlib.suppress(OSError):
+            return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free)"
+    return ""

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import platform
 import signal
 import sys
@@ -21,14 +22,16 @@ import gnbench
 from gnbench.build import build_model, check_norm
 from gnbench.checkpoint import delete_checkpoints, load_checkpoint, save_checkpoint
 from gnbench.configs import partial
+from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
 from gnbench.errors import UserError
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
-from gnbench.record import RECORD, load_record, save_record
+from gnbench.record import LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Diverged, Training, summarize, train
 
 log = logging.getLogger(__name__)
+LOCK_WAIT_S = 3.0  # for a run's lock: a process whose launcher was killed needs a step and a checkpoint to let go of it
 
 
 class Interrupted(Exception):
@@ -66,17 +69,39 @@ def execute(run: Run, progress: bool = False) -> dict:
     Args:
         progress: show a bar, where standard error is a terminal.
     """
-    run.directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(run.directory / ".lock")  # the system lets go of it when the process dies
     try:
-        with lock.acquire(timeout=0):
-            if run.is_finished():
-                return load_record(run.directory / RECORD)
-            with _logging_to(run.directory / "run.log"):
-                return _execute_locked(run, progress)
+        run.directory.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run.directory / LOCK)  # the system lets go of it when the process dies
+        lock.acquire(timeout=LOCK_WAIT_S)
     except filelock.Timeout:
         log.warning("%s is being trained by another process", run.name)
-        return {"run": run.name, "status": "running", "config": run.config, "result": None}
+        return {**_new_record(run), "cause": "another process trains it"}
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
+        raise cannot_write(run.directory / LOCK, error) from error
+    try:
+        if run.is_finished():
+            delete_checkpoints(run.directory)  # a process that was killed as it ended may have left them
+            return load_record(run.directory / RECORD)
+        with _logging_to(run.directory / LOG):
+            _clear(run.directory)
+            return _execute_locked(run, progress)
+    finally:
+        lock.release()
+
+
+def record_death(run: Run, cause: str) -> None:
+    """Let the record of a run say that it failed, where its process died without a word.
+
+    Raises:
+        UserError: the record cannot be written.
+    """
+    with contextlib.suppress(filelock.Timeout), filelock.FileLock(run.directory / LOCK, timeout=LOCK_WAIT_S):
+        try:
+            record = load_record(run.directory / RECORD)
+        except UserError:
+            record = _new_record(run)
+        if record.get("status") == "running":
+            save_record(run.directory / RECORD, {**record, "status": "failed", "cause": cause})
 
 
 def choose_device(name: str, precision: str) -> torch.device:
@@ -97,18 +122,34 @@ def choose_device(name: str, precision: str) -> torch.device:
     return device
 
 
-def _execute_locked(run: Run, progress: bool) -> dict:
-    record = {
+def _new_record(run: Run) -> dict:
+    return {
         "run": run.name,
         "digest": run.digest,
         "status": "running",
         "cause": None,
         "config": run.config,
+        "data_fingerprint": run.data_fingerprint,
         "environment": {},
         "num_parameters": None,
         "history": [],
         "result": None,
     }
+
+
+def _clear(directory: Path) -> None:
+    """Set aside a record that cannot be read, and remove files that were never finished."""
+    delete_parts(directory)
+    path = directory / RECORD
+    if path.is_file():
+        try:
+            load_record(path)
+        except UserError as error:
+            log.warning("%s; it is kept as %s, and the run goes on from what is left", error, set_aside(path).name)
+
+
+def _execute_locked(run: Run, progress: bool) -> dict:
+    record = _new_record(run)
     try:
         return _train_recorded(run, record, progress)
     except Diverged as error:
@@ -119,7 +160,7 @@ def _execute_locked(run: Run, progress: bool) -> dict:
         raise
     except Exception as error:
         log.error("%s", traceback.format_exc())
-        record.update(status="failed", cause=f"{type(error).__name__}: {error}".splitlines()[0])
+        record.update(status="failed", cause=_explain(error))
         with contextlib.suppress(UserError):  # a full disk may be the cause; then the record cannot say so
             save_record(run.directory / RECORD, record)
         raise
@@ -128,28 +169,55 @@ def _execute_locked(run: Run, progress: bool) -> dict:
     return record
 
 
+def _explain(error: Exception) -> str:
+    """Why a run failed, in one line; that memory ran out, on a device or on the host, in words of its own."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+    return f"out of memory: {text}" if out_of_memory or "can't allocate memory" in text else text
+
+
 def _train_recorded(run: Run, record: dict, progress: bool) -> dict:
     device = choose_device(run.config["device"], run.config["precision"])
-    torch.set_num_threads(run.config["num_threads"])
-    torch.set_float32_matmul_precision("high" if run.config["precision"] == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = run.config["precision"] == "tf32"
+    _set_arithmetic(run.config)
     training = make_training(run, device)
-    state = load_checkpoint(run.directory)
-    if state is not None:
-        training.restore(state)
-        log.info("goes on from step %d of %d", training.progress.step, training.total_steps)
+    _restore(run, training)
     record.update(
         environment=_environment(run, device),
         num_parameters=sum(parameter.numel() for parameter in training.model.parameters()),
         history=training.progress.history,
     )
     save_record(run.directory / RECORD, record)
+    crash_at("started")
     with _stop_signals() as stop, _progress_bar(run, training, progress) as bar:
         train(training, _Pause(run, training, record, stop, bar))
+    crash_at("trained")
     record.update(status="done", result=summarize(training))
     save_record(run.directory / RECORD, record)
+    crash_at("finished")
     delete_checkpoints(run.directory)
     return record
+
+
+def _set_arithmetic(config: dict) -> None:
+    """Threads, matrix products and the choice of algorithms, for the whole process."""
+    torch.set_num_threads(config["num_threads"])
+    torch.set_float32_matmul_precision("high" if config["precision"] == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = config["precision"] == "tf32"
+    deterministic = bool(config.get("deterministic"))
+    if deterministic:  # cuBLAS reads it when it starts; without it torch refuses its matrix products
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def _restore(run: Run, training: Training) -> None:
+    """Bring a fresh training to where its newest whole checkpoint was taken, if there is one."""
+    state = load_checkpoint(run.directory)
+    if state is None:
+        return
+    if state.get("digest", run.digest) != run.digest:
+        raise UserError(f"the checkpoint in {run.directory} belongs to another run, {state['digest'][:12]}; remove it")
+    training.restore(state)
+    log.info("goes on from step %d of %d", training.progress.step, training.total_steps)
 
 
 def make_training(run: Run, device: torch.device) -> Training:
@@ -171,12 +239,15 @@ class _Pause:
     def __call__(self) -> None:
         progress = self.training.progress
         self.bar.update(progress.step - self.bar.n)
+        crash_at("step")
         if len(progress.history) > self.epochs:
             self.epochs = len(progress.history)
             self._show(progress.history[-1])
+            crash_at("epoch")
             save_record(self.run.directory / RECORD, self.record)
+            crash_at("recorded")
         if self.stop or time.monotonic() - self.saved_s >= self.run.config["checkpoint_s"]:
-            save_checkpoint(self.run.directory, self.training.state())
+            save_checkpoint(self.run.directory, {**self.training.state(), "digest": self.run.digest})
             self.saved_s = time.monotonic()
         if self.stop:
             raise Interrupted(self.stop[0])
@@ -226,18 +297,38 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _LogFile(logging.FileHandler):
+    """run.log. A line that finds no room on the disk is left out: it is the record's write that stops a run there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    """Log to `path`; warnings, of what was found damaged, are shown on standard error as well."""
+    file, console = _LogFile(path, encoding="utf-8", delay=True), logging.StreamHandler()
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    console.setFormatter(logging.Formatter("gnbench: %(message)s"))
+    console.addFilter(lambda record: record.levelno == logging.WARNING)
     logger = logging.getLogger("gnbench")
     logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    for handler in (file, console):
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        handler.close()
+        for handler in (file, console):
+            logger.removeHandler(handler)
+            handler.close()
 
 
 def _environment(run: Run, device: torch.device) -> dict:

@@ -51,8 +51,8 @@ def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
         ("batchsize=2", "batchsize is not a key; did you mean batch_size?"),
         ("norm=foo", "norm=foo is not known: it is one of bn, brn, gn, in, "),
         ("model=foo", "model=foo is not known: it is one of resnet110,"),
-        ("data=foo", "data=foo is not known: it is one of cifar10, cifar100, image_folder, tiny"),
-        ("sweep=foo", "sweep=foo is not known: it is one of batch_size,"),
+        ("data=foo", "data=foo is not known: it is one of cifar10, cifar100, image_folder, tiny, toy"),
+        ("sweep=foo", "sweep=foo is not known: it is one of batch_renorm, batch_size,"),
         (
             "norm=gn norm.num_groups=32 model=resnet20",
             "cannot be built on 16 channels (model=resnet20 has norms on 16, 32",

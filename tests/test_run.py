@@ -77,7 +77,8 @@ def test_a_run_stopped_by_a_signal_goes_on_where_it_was(tmp_path, monkeypatch, n
     assert not (run.directory / CURRENT).exists()
 
 
-def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
+def test_a_run_that_another_process_has_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "LOCK_WAIT_S", 0)
     run = plan(tmp_path)
     run.directory.mkdir(parents=True)
     with FileLock(run.directory / ".lock"):

@@ -7,13 +7,13 @@ from gnbench.datasets import Images, make_images
 COLOURS = np.array([[150, 60, 60], [60, 150, 60], [60, 60, 150]])
 
 
-def load_tiny(name: str = "tiny", verify: bool = True) -> Images:
-    """96 training and 40 test images (8, 8, 3) of three classes."""
+def load_tiny(name: str = "tiny", size: int = 8, verify: bool = True) -> Images:
+    """96 training and 40 test images (size, size, 3) of three classes."""
     rng = np.random.default_rng(0)
 
     def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.arange(count) % len(COLOURS)
-        noise = rng.integers(-50, 51, (count, 8, 8, 3))
+        noise = rng.integers(-50, 51, (count, size, size, 3))
         return (COLOURS[labels][:, None, None, :] + noise).astype(np.uint8), labels.astype(np.int64)
 
     train_images, train_labels = draw(96)

@@ -45,9 +45,11 @@ DECIMALS = {"time_s": 0, "images_per_s": 0, "peak_memory_mb": 0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 2 with a sentence on stderr where a directory cannot be used."""
+    """The command; returns its exit code: 0, 1 if --check found fault, 2 with a sentence where DIR cannot be used."""
     options = make_parser().parse_args(argv)
     try:
+        if options.check:
+            return _print_check(options.directories)
         if len(options.directories) > 1 and options.out is None:
             raise UserError("--out is needed with more than one directory: it says where the report goes")
         out = Path(options.out or options.directories[0])
@@ -60,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(map(str, paths)))
     print(sentence)
     return 0
+
+
+def _print_check(directories: Sequence[Path | str]) -> int:
+    from gnbench.analysis.check import check_runs
+
+    findings = [finding for directory in directories for finding in check_runs(directory)]
+    print("\n".join(map(str, findings)) or "nothing is wrong")
+    return 1 if findings else 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -81,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="POINTS",
         help="points of error that count as a change in the claims (default: 1)",
     )
+    parser.add_argument("--check", action="store_true", help="only say what is wrong with each run's directory")
     return parser
 
 

@@ -5,15 +5,16 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
-from gnbench.errors import SweepFailed
+from gnbench.errors import SweepFailed, UserError
+from gnbench.record import LOG, RECORD, load_record
+from hydra_plugins.gnbench.composer import Composer
 from hydra_plugins.gnbench.cores import Cores
 
 
@@ -44,10 +45,13 @@ class Grid(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        from gnbench.cli import plan
+
         cells = self._combinations(arguments)
+        composer = Composer(self.hydra_context, self.config)
         runs = {}
         for overrides in cells:
-            run = self._plan(overrides)
+            run = plan(composer.compose(overrides), in_sweep=True)
             runs.setdefault(run.directory, (run, overrides))
         left = [(run, overrides) for run, overrides in runs.values() if not run.is_finished()]
         print(_count(len(cells), len(runs), len(left)), flush=True)
@@ -57,7 +61,7 @@ class Grid(Sweeper):
 
         check_runs([run for run, _ in left])
         if isinstance(self.launcher, Cores):
-            self.launcher.costs = [run.cost for run, _ in left]
+            self.launcher.runs = [run for run, _ in left]
         returns = list(self.launcher.launch([overrides for _, overrides in left], initial_job_idx=0))
         _raise_failures([run for run, _ in left], returns)
         return returns
@@ -67,15 +71,6 @@ class Grid(Sweeper):
         overrides = parser.parse_overrides([f"{key}={value}" for key, value in self.params.items()] + arguments)
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
-    def _plan(self, overrides: list[str]) -> Any:
-        from gnbench.cli import plan
-
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return plan(cfg, in_sweep=True)
-
 
 def _count(num_cells: int, num_runs: int, num_left: int) -> str:
     equal = f" ({num_cells} cells; some are one and the same run)" if num_cells != num_runs else ""
@@ -84,9 +79,21 @@ def _count(num_cells: int, num_runs: int, num_left: int) -> str:
 
 def _raise_failures(runs: list[Any], returns: list[JobReturn]) -> None:
     failed = [
-        f"  {run.name}: {returned._return_value}\n    log: {run.directory / 'run.log'}"
+        f"  {run.name}: {_settle(run, returned)}\n    log: {run.directory / LOG}"
         for run, returned in zip(runs, returns, strict=True)
         if returned.status == JobStatus.FAILED
     ]
     if failed:
         raise SweepFailed(f"{len(failed)} of {len(runs)} runs failed; the others are kept\n" + "\n".join(failed))
+
+
+def _settle(run: Any, returned: JobReturn) -> str:
+    """Why a run failed: as its record says, or else as its launcher saw it end, which the record then says too."""
+    from gnbench.run import record_death
+
+    cause = str(returned._return_value)
+    try:
+        record_death(run, cause)
+        return load_record(run.directory / RECORD)["cause"] or cause
+    except (UserError, OSError):  # nothing can be written there
+        return cause

@@ -1,0 +1,148 @@
+"""Whether the runs of a directory are what they say: `gnbench-report --check DIR`. Reads, and changes nothing."""
+
+import hashlib
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from gnbench.errors import UserError
+from gnbench.record import CORRUPT, FINISHED, LOCK, PART, RECORD, STATUSES, load_record
+
+CHECKSUM_BYTES = hashlib.sha256().digest_size  # that end a checkpoint
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with one run."""
+
+    run: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.run}: {self.sentence}"
+
+
+def check_runs(directory: Path | str) -> list[Finding]:
+    """What is wrong with the runs that stand in `directory`, by name; an empty list is what one hopes for.
+
+    A directory is a run's if it holds a record, a log or a checkpoint. A link that leads out of `directory` is named
+    and not followed.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give one that holds runs (<directory>/<run>/{RECORD})")
+    findings = []
+    for place in sorted(path for path in directory.iterdir() if path.is_dir()):
+        if not place.resolve().is_relative_to(directory.resolve()):
+            findings.append(Finding(place.name, f"is a link to {place.resolve()}, outside of {directory}; not read"))
+        elif _is_run(place):
+            findings += [Finding(place.name, sentence) for sentence in _check_run(place)]
+    return findings
+
+
+def _is_run(place: Path) -> bool:
+    return any((place / name).exists() for name in (RECORD, "run.log", "checkpoint.pt", "checkpoint.previous.pt"))
+
+
+def _check_run(place: Path) -> list[str]:
+    sentences = _check_files(place)
+    path = place / RECORD
+    if path.is_symlink() and not path.resolve().is_relative_to(place.resolve()):
+        return [*sentences, f"{RECORD} is a link to {path.resolve()}, outside of the run; not read"]
+    if not path.exists():
+        return [*sentences, f"has no {RECORD}"]
+    try:
+        record = load_record(path)
+    except UserError as error:
+        return [*sentences, str(error).removeprefix(f"{path}: ")]
+    try:
+        return sentences + _check_identity(place, record) + _check_status(place, record) + _check_numbers(record)
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+        return [*sentences, f"has a value of another kind than a record's ({type(error).__name__}: {error})"]
+
+
+def _check_files(place: Path) -> list[str]:
+    names = sorted(path.name for path in place.iterdir())
+    sentences = [f"{name} was set aside as damaged" for name in names if CORRUPT in name]
+    sentences += [f"{name} was never finished" for name in names if name.startswith(".") and name.endswith(PART)]
+    for name in names:
+        if name.endswith(".pt") and not _is_whole(place / name):
+            sentences.append(f"{name} does not match its checksum")
+    return sentences
+
+
+def _is_whole(path: Path) -> bool:
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-CHECKSUM_BYTES]).digest() == content[-CHECKSUM_BYTES:]
+
+
+def _check_identity(place: Path, record: dict) -> list[str]:
+    sentences = []
+    if record.get("run") != place.name:
+        sentences.append(f"its record says that it is {record.get('run')!r}")
+    if str(record["digest"])[:12] != place.name.rpartition("-")[2]:
+        sentences.append(f"its record's digest is {record['digest']!r}, which its directory is not named after")
+    return sentences
+
+
+def _check_status(place: Path, record: dict) -> list[str]:
+    status, cause = record["status"], record.get("cause")
+    if status not in STATUSES:
+        return [f"status is {status!r}; it is one of {', '.join(STATUSES)}"]
+    if status == "failed":
+        return [f"failed: {cause}"]
+    if status == "running" and not _is_locked(place):
+        return ["says running, but no process trains it: start its sweep again"]
+    if status == "interrupted":
+        return [f"interrupted: {cause}; start its sweep again"]
+    if status in FINISHED and any(place.glob("*.pt")):
+        return ["is finished; what is left of its checkpoints may be removed"]
+    return []
+
+
+def _check_numbers(record: dict) -> list[str]:
+    history, result = record["history"], record["result"]
+    epochs = [row["epoch"] for row in history]
+    if epochs != list(range(1, len(epochs) + 1)):
+        return [f"its history has the epochs {epochs}"]
+    if record["status"] != "done":
+        return [] if result is None else [f"has a result, being {record['status']}"]
+    if result is None or not history:
+        return ["is done, without a result or without a history"]
+    sentences = _check_length(record["config"], history)
+    errors = [row["test_error"] for row in history[-record["config"]["report_epochs"] :]]
+    for key, expected in (("test_error", statistics.median(errors)), ("final_test_error", errors[-1])):
+        if not math.isclose(result[key], expected, abs_tol=1e-9):
+            sentences.append(f"{key} is {result[key]}, by its history {expected}")
+    for row in history:
+        for key in ("train_error", "test_error", "val_error"):
+            if row.get(key) is not None and not 0 <= row[key] <= 100:
+                sentences.append(f"{key} of epoch {row['epoch']} is {row[key]} %")
+    return sentences
+
+
+def _check_length(config: dict, history: list[dict]) -> list[str]:
+    if config.get("max_steps"):
+        early = history[-1]["step"] < config["max_steps"] and len(history) < config["epochs"]
+        return [f"is done after {history[-1]['step']} of {config['max_steps']} steps"] if early else []
+    early = len(history) != config["epochs"]
+    return [f"is done with {len(history)} of {config['epochs']} epochs in its history"] if early else []
+
+
+def _is_locked(place: Path) -> bool:
+    """Whether a process trains the run at this moment."""
+    if not (place / LOCK).exists():
+        return False
+    try:
+        with filelock.FileLock(place / LOCK, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except OSError:  # it cannot be told on a disk that is read-only
+        return False
