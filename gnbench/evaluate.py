@@ -1,5 +1,7 @@
 """What a trained model gets wrong, and how that depends on the statistics its norms are given."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,22 +44,27 @@ def error_by_statistics(
         update_precise_statistics(model, precise_images(dataset, num_precise_images))
         errors["precise"] = evaluate(model, dataset, dataset.test, precision)[1]
     with batch_statistics(model):
-        errors["batch"] = evaluate(model, dataset, _shuffled(dataset.test), precision, batch_size)[1]
+        full = max(batch_size, len(dataset.test) // batch_size * batch_size)  # a smaller last batch is of another kind
+        test = _shuffled(dataset.test)
+        errors["batch"] = evaluate(
+            model, dataset, Split(test.images[:full], test.labels[:full]), precision, batch_size
+        )[1]
     return errors
 
 
 def precise_images(dataset: Dataset, num_images: int) -> list[Tensor]:
     """Batches of augmented training images, `num_images` in all or as many as an epoch has; the same at every call."""
-    batch_size = min(BATCH_SIZE, num_images, len(dataset.train))
-    batches = train_batches(dataset, batch_size, drop_last=True, seed=0, epoch=0)
-    return [images for _, (images, _) in zip(range(max(1, num_images // batch_size)), batches, strict=False)]
+    num_images = min(num_images, len(dataset.train))
+    batches = train_batches(dataset, min(BATCH_SIZE, num_images), drop_last=False, seed=0, epoch=0)
+    taken = [images for _, (images, _) in zip(range(math.ceil(num_images / BATCH_SIZE)), batches, strict=False)]
+    return list(torch.cat(taken)[:num_images].split(BATCH_SIZE))
 
 
 @torch.no_grad()
 def response_percentiles(model: nn.Module, dataset: Dataset, name: str, precision: str) -> list[float]:
     """PERCENTILES of the output of the module `name` over the first batch of shuffled test images, in evaluation."""
     responses = []
-    hook = model.get_submodule(name).register_forward_hook(lambda _, __, output: responses.append(output))
+    hook = model.get_submodule(name).register_forward_hook(lambda _, __, output: responses.append(output.clone()))
     test = _shuffled(dataset.test)
     try:
         evaluate(model, dataset, Split(test.images[:BATCH_SIZE], test.labels[:BATCH_SIZE]), precision)

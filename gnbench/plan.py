@@ -70,7 +70,12 @@ def plan_run(config: dict, default_threads: int) -> Run:
     recipe = make_recipe(config)
     _check_norm_batch_size(config)
     if "norm_batch_size" not in config["norm"]:  # no batch statistics: one run serves all that only they notice
-        config.update(norm_batch_size=None, frozen_epochs=0)
+        config.update(norm_batch_size=None, frozen_epochs=0, precise_images=Recipe.precise_images)
+    elif config["norm"]["norm_batch_size"] != config["norm_batch_size"]:
+        own = config["norm"]["norm_batch_size"]
+        raise UserError(
+            f"norm.norm_batch_size={own} is not legal: set norm_batch_size={own}, which the norm then takes"
+        )
     images = _images(json.dumps(config["data"]))
     num_train, _ = split_sizes(images, config["data"]["train_size"], config["data"]["val_size"])
     recipe.total_steps(num_train)  # there is at least one batch

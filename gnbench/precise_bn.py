@@ -45,17 +45,22 @@ def update_precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> No
 
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, layers normalize with the statistics of the batch at hand; their running ones are left as they were."""
+    """Inside, layers normalize with the statistics of the batch at hand; their running ones are left as they were.
+
+    A layer that mixes the two in training, as Batch Renorm does, is told by its attribute `batch_only`.
+    """
     layers = layers_with_statistics(model)
     modes = [layer.training for layer in layers]
     kept = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
     try:
         for layer in layers:
             layer.train()
+            layer.batch_only = True
         yield
     finally:
         for layer, mode, buffers in zip(layers, modes, kept, strict=True):
             layer.train(mode)
+            layer.batch_only = False
             for name, buffer in layer.named_buffers():
                 buffer.copy_(buffers[name])
 

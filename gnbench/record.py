@@ -25,7 +25,8 @@ FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: bo
 PART = ".part"  # ends the name of a file that is still being written
 CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is kept as evidence
 
-# What decides how or where a run is executed and is shown in its record, but cannot change its numbers.
+# What decides how or where a run is executed, not what is trained. `device` belongs here although it changes the last
+# bits of the numbers: a sweep begun on one machine may end on another, and the record says where each run ended.
 NOT_IDENTITY = ("results", "device", "checkpoint_s", "tuned_from", "tuning")
 
 

@@ -26,6 +26,7 @@ from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
 from gnbench.errors import UserError
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
+from gnbench.precise_bn import layers_with_statistics
 from gnbench.record import LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Diverged, Training, summarize, train
@@ -57,6 +58,16 @@ def check_runs(runs: list[Run]) -> None:
             params = ", ".join(f"{k}={v}" for k, v in run.config["norm"].items() if k not in ("name", "_target_"))
             label = f"norm={run.config['norm']['name']} ({params})"
             check_norm(run.config["model"], partial(run.config["norm"]), label)
+            _check_statistics(run.config["norm"])
+
+
+def _check_statistics(node: dict) -> None:
+    """Refuse a norm that keeps batch statistics without saying over how many images: it would be drawn as level."""
+    if "norm_batch_size" not in node and layers_with_statistics(partial(node)(16)):
+        raise UserError(
+            f"norm={node['name']} keeps running statistics of a batch: its file needs the line "
+            "norm_batch_size: ${norm_batch_size}, and its layer that argument"
+        )
 
 
 def execute(run: Run, progress: bool = False) -> dict:
@@ -224,6 +235,7 @@ def make_training(run: Run, device: torch.device) -> Training:
     """The model of a run, fresh from its seed, and its data, on `device`."""
     dataset = _dataset(json.dumps(run.config["data"]), device)
     config = run.config
+    torch.manual_seed(config["seed"])  # for a stranger's norm that draws its own parameters
     model = build_model(config["model"], partial(config["norm"]), dataset.num_classes, config["seed"])
     return Training(model.to(device), dataset, make_recipe(config), config["seed"], config["precision"])
 

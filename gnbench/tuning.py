@@ -1,11 +1,13 @@
 """A learning rate for each cell, chosen on held-out training images among the same candidates for every cell."""
 
+import functools
 from pathlib import Path
 
 from gnbench.errors import UserError
-from gnbench.record import find_runs, load_record
+from gnbench.record import NOT_IDENTITY, find_runs, load_record
 
 CELL = ("norm", "model", "batch_size")  # what a rate is chosen for; the recipe's other keys may be shorter when tuning
+AXES = (*CELL, "norm_batch_size", "base_lr", "seed", "num_threads", "frozen_epochs", *NOT_IDENTITY)
 
 
 def choose_base_lr(config: dict) -> tuple[float, dict]:
@@ -20,9 +22,9 @@ def choose_base_lr(config: dict) -> tuple[float, dict]:
             other candidates than the rest.
     """
     directory = Path(config["tuned_from"])
-    records = [load_record(path) for path in find_runs(directory)]
-    if not records:
-        raise UserError(f"tuned_from={directory} holds no runs: gnbench sweep=tune makes them")
+    records = _read_runs(directory)
+    if records[0]["config"]["data"]["name"] != config["data"]["name"]:
+        raise UserError(f"tuned_from={directory} was tuned on data={records[0]['config']['data']['name']}, not on this")
     budget = sorted({record["config"]["base_lr"] for record in records})
     cell = [record for record in records if all(record["config"][key] == config[key] for key in CELL)]
     where = f"norm={config['norm']['name']} model={config['model']['name']} batch_size={config['batch_size']}"
@@ -43,6 +45,22 @@ def choose_base_lr(config: dict) -> tuple[float, dict]:
         "val_error": {str(lr): error for lr, error in errors.items()},
         "edge": at_edge,
     }
+
+
+@functools.cache  # a sweep asks for every cell
+def _read_runs(directory: Path) -> list[dict]:
+    """The records of a tuning sweep, which differ in nothing but what it sweeps."""
+    records = [load_record(path) for path in find_runs(directory)]
+    if not records:
+        raise UserError(f"tuned_from={directory} holds no runs: gnbench sweep=tune makes them")
+    recipes = [{key: value for key, value in record["config"].items() if key not in AXES} for record in records]
+    for recipe in recipes:
+        mixed = [key for key in recipe if recipe[key] != recipes[0].get(key)]
+        if mixed:
+            raise UserError(
+                f"tuned_from={directory} mixes runs that differ in {mixed[0]}: tune in a directory of its own"
+            )
+    return records
 
 
 def _mean_val_error(records: list[dict], directory: Path) -> float | None:

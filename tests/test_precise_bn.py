@@ -9,7 +9,7 @@ from torch import nn
 
 import gnbench
 from gnbench.evaluate import error_by_statistics, precise_images
-from gnbench.norms import BatchNorm
+from gnbench.norms import BatchNorm, BatchRenorm
 from gnbench.precise_bn import batch_statistics, kept_statistics, layers_with_statistics, update_precise_statistics
 
 
@@ -95,6 +95,11 @@ def test_precise_images_are_as_many_as_asked_or_as_there_are():
     dataset = make_training().dataset
     assert sum(len(images) for images in precise_images(dataset, 40)) == 40
     assert sum(len(images) for images in precise_images(dataset, 10_000)) == 96
+    dataset.train.images, dataset.train.labels = (
+        dataset.train.images.repeat(16, 1, 1, 1),
+        dataset.train.labels.repeat(16),
+    )
+    assert [len(images) for images in precise_images(dataset, 1200)] == [1000, 200]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script, which fvcore's import calls
@@ -111,3 +116,13 @@ def test_precise_statistics_agree_with_fvcores():
     for one, other in zip(layers_with_statistics(ours), layers_with_statistics(theirs), strict=True):
         torch.testing.assert_close(one.running_mean, other.running_mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(one.running_var, other.running_var, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_renorm_is_batch_norm_where_the_statistics_of_the_batch_are_asked_for():
+    images = make_batches(1)[0]
+    plain, renorm = BatchNorm(3).double(), BatchRenorm(3).double()
+    renorm.running_mean.fill_(1.3)
+    expected = plain.train()(images)
+    with batch_statistics(renorm.eval()):
+        assert torch.equal(renorm(images), expected)
+    assert not torch.equal(renorm.train()(images), expected)

@@ -172,6 +172,11 @@ def test_threads_are_the_callers_unless_they_are_named(tmp_path):
         (["seed=-1"], "seed=-1 is not legal"),
         (["precision=fp8"], "precision=fp8 is not legal: it is one of float32, tf32, bf16"),
         (["checkpoint_s=0"], "checkpoint_s=0"),
+        (["norm.norm_batch_size=4"], r"norm\.norm_batch_size=4 is not legal: set norm_batch_size=4"),
+        (
+            ["norm=ln", "norm._target_=torch.nn.BatchNorm2d"],
+            "norm=ln keeps running statistics of a batch: its file needs",
+        ),
         (["norm_batch_size=3"], "norm_batch_size=3 is not legal: it divides batch_size=8, so it is one of 1, 2, 4, 8"),
         (["epochs=0"], "epochs=0 is not legal: epochs is 1 or more"),
         (["norm._target_=nowhere.Norm"], r"_target_=nowhere\.Norm of bn cannot be imported: No module named 'nowhere'"),

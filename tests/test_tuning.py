@@ -9,10 +9,8 @@ from gnbench.record import save_record
 from gnbench.run import execute
 
 
-def write_run(
-    directory, base_lr: float, val_error: float | None, seed: int = 0, status: str = "done", norm="bn"
-) -> None:
-    config = plan_run(tiny_config(f"norm={norm}", f"base_lr={base_lr}", f"seed={seed}"), 1).config
+def write_run(directory, base_lr: float, val_error: float | None, seed=0, status="done", norm="bn", more=()) -> None:
+    config = plan_run(tiny_config(f"norm={norm}", f"base_lr={base_lr}", f"seed={seed}", *more), 1).config
     name = f"{norm}-{base_lr}-{seed}"
     result = {"val_error": val_error, "test_error": 100 - (val_error or 0)} if status == "done" else None
     save_record(directory / name / "record.json", {"run": name, "status": status, "config": config, "result": result})
@@ -49,6 +47,8 @@ def test_a_rate_at_which_a_seed_diverged_is_not_taken(tmp_path):
         ([(0.1, None, 0, "running")], r"bn-0\.1-0 is not finished"),
         ([(0.1, None, 0, "diverged")], "every run of norm=bn model=resnet8 batch_size=8 diverged"),
         ([(0.1, None)], r"bn-0\.1-0 held out no images"),
+        ([(0.1, 20.0), (0.2, 20.0, 0, "done", "bn", ("epochs=3",))], "mixes runs that differ in epochs"),
+        ([(0.1, 20.0, 0, "done", "bn", ("data.name=other",))], "was tuned on data=other, not on this"),
         ([(0.1, 20.0), (0.2, 20.0, 0, "done", "gn")], r"no run of norm=bn .* base_lr=0\.2: every cell needs the same"),
     ],
 )

@@ -148,10 +148,11 @@ def error_vs_learning_rate(frame: pd.DataFrame, axes: Sequence[Axes] | None = No
             line = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle}
             mean = own[own["status"] == "done"].groupby("base_lr")["val_error"].mean().sort_index()
             ax.plot(mean.index, mean, **line)
-            if len(mean):
-                ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgecolor": style.color}
-                ax.plot([mean.idxmin()], [mean.min()], linestyle="", **ring)
             lost = sorted(own.loc[own["status"] == "diverged", "base_lr"].unique())
+            legal = mean.drop(lost, errors="ignore")
+            if len(legal):
+                ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgecolor": style.color}
+                ax.plot([legal.idxmin()], [legal.min()], linestyle="", **ring)
             cross = {"linestyle": "", "marker": "x", "markersize": 6, "markeredgewidth": 1.5, "color": style.color}
             ax.plot(lost, [0.98] * len(lost), **cross, transform=ax.get_xaxis_transform())
         ax.set_xscale("log", base=2)

@@ -17,9 +17,8 @@ class BatchNorm(nn.Module):
     mean and (unbiased) variance move by `momentum` towards the average over the W workers: what each of W workers
     would keep, averaged; not W successive updates. NBS = N is torch.nn.BatchNorm2d, bit for bit.
 
-    Where NBS does not divide a batch (an epoch's smaller last one, kept by drop_last=false), the batch is split into
-    floor(N / NBS) workers at least one, of as equal a size as a divisor of N allows: the largest W that divides N
-    and leaves at least NBS images each.
+    Where NBS does not divide a batch (an epoch's smaller last one, kept by drop_last=false), W is the largest divisor
+    of N that leaves at least NBS images to each worker, or 1 where N is below NBS.
 
     Args:
         num_channels: C.
@@ -29,6 +28,8 @@ class BatchNorm(nn.Module):
     Raises:
         ValueError: norm_batch_size is below 1.
     """
+
+    batch_only = False  # set while a measurement wants the statistics of the batch at hand and nothing else
 
     def __init__(
         self, num_channels: int, norm_batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0.1
@@ -107,7 +108,7 @@ class BatchRenorm(BatchNorm):
 
     def _affine(self, grouped: Tensor, workers: int) -> tuple[Tensor, Tensor]:
         weight, bias = super()._affine(grouped, workers)
-        if not self.training:
+        if not self.training or self.batch_only:
             return weight, bias
         with torch.no_grad():
             var, mean = torch.var_mean(grouped, (0, 2, 3), correction=0)

@@ -107,7 +107,8 @@ class Cores(Launcher):
 
         from gnbench.plan import num_cores
 
-        most = MOST_ON_A_GPU if torch.cuda.is_available() else num_cores()
+        on_cpu = self.runs is not None and all(run.config["device"] == "cpu" for run in self.runs)
+        most = MOST_ON_A_GPU if torch.cuda.is_available() and not on_cpu else num_cores()
         return self.num_processes or min(num_cores(), most)
 
     def _context(self) -> Any:
