@@ -7,7 +7,7 @@ from gnbench.errors import UserError
 from gnbench.record import NOT_IDENTITY, find_runs, load_record
 
 CELL = ("norm", "model", "batch_size")  # what a rate is chosen for; the recipe's other keys may be shorter when tuning
-AXES = (*CELL, "norm_batch_size", "base_lr", "seed", "num_threads", "frozen_epochs", *NOT_IDENTITY)
+AXES = (*CELL, "norm_batch_size", "base_lr", "seed", "num_threads", "frozen_epochs", "precise_images", *NOT_IDENTITY)
 
 
 def choose_base_lr(config: dict) -> tuple[float, dict]:

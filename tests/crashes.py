@@ -85,7 +85,12 @@ class Kill:
 
 
 def torture(run: Run, place: str, kill_s: float | None, whole: tuple[dict, int]) -> Kill:
-    """Kill `run` at a point of gnbench.crash or `kill_s` after its start, start it again and compare with `whole`."""
+    """Kill `run` at a point of gnbench.crash or `kill_s` after its start, start it again and compare with `whole`.
+
+    To reach an exact point on a machine of any speed, a checkpoint is then written at every step.
+    """
+    if kill_s is None:
+        run = replace(run, config={**run.config, "checkpoint_s": 1e-9})
     started_s = time.time()
     code = execute(run, {"GNBENCH_CRASH_AT": place} if kill_s is None else None, kill_s)
     lost_s = time.time() - newest_checkpoint_s(run, started_s)
