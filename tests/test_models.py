@@ -41,6 +41,14 @@ def test_parameter_counts(name, parameters, published_m):
         assert float(f"{count / 1e6:.2g}") == published_m
 
 
+def test_vgg_of_another_width():
+    model = gnbench.model("vgg16", norm="gn", width=0.25)
+    widths = [module.out_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert widths == [16, 16, 32, 32, *[64] * 3, *[128] * 6]
+    with pytest.raises(gnbench.UserError, match=r"model\.width=0\.001 is not legal"):
+        gnbench.model("vgg16", norm="gn", width=0.001)
+
+
 @pytest.mark.parametrize("name", choices("model"))
 @pytest.mark.parametrize("norm", ["bn", "in"])
 def test_every_model_maps_images_to_logits(name, norm):

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from gnbench.errors import UserError
 from gnbench.models import NormFactory
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # configuration D
@@ -13,11 +14,11 @@ class VGG(nn.Module):
     The convolutions keep their biases whatever the norm. `response` is what the last activation is given.
     """
 
-    def __init__(self, norm: NormFactory, num_classes: int) -> None:
+    def __init__(self, norm: NormFactory, num_classes: int, width: float = 1.0) -> None:
         super().__init__()
         layers, in_channels = [], 3
         for stage in STAGES:
-            for channels in stage:
+            for channels in (round(width * channels) for channels in stage):
                 layers += [nn.Conv2d(in_channels, channels, 3, padding=1), norm(channels), nn.ReLU(inplace=True)]
                 in_channels = channels
             layers.append(nn.MaxPool2d(2))
@@ -28,10 +29,20 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.last(self.response(self.features(images)))  # (N, 3, 32, 32) -> (N, 512, 1, 1)
+        x = self.last(self.response(self.features(images)))  # (N, 3, 32, 32) -> (N, 512 * width, 1, 1)
         return self.classifier(x.mean((2, 3)))
 
 
-def vgg16(norm: NormFactory, num_classes: int) -> nn.Module:
-    """VGG-16 (arXiv:1409.1556) with a norm after every convolution and a single linear classifier."""
-    return VGG(norm, num_classes)
+def vgg16(norm: NormFactory, num_classes: int, width: float | None = None) -> nn.Module:
+    """VGG-16 (arXiv:1409.1556) with a norm after every convolution and a single linear classifier.
+
+    Args:
+        width: factor on every number of channels, 64 ... 512; None is 1.
+
+    Raises:
+        UserError: `width` leaves a convolution without channels.
+    """
+    width = 1.0 if width is None else width
+    if round(width * STAGES[0][0]) < 1:
+        raise UserError(f"model.width={width} is not legal: it leaves the first convolution without channels")
+    return VGG(norm, num_classes, width)
