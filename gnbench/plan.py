@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from gnbench.configs import partial
+from gnbench.configs import add_source, partial
 from gnbench.datasets import Images
 from gnbench.datasets.split import split_sizes
 from gnbench.errors import UserError
@@ -16,6 +16,7 @@ from gnbench.record import FINISHED, RECORD, digest, load_record, run_name
 from gnbench.tuning import choose_base_lr
 
 PRECISIONS = ("float32", "tf32", "bf16")
+ENGINES = ("auto", "eager")
 SPLIT_KEYS = ("train_size", "val_size", "split_seed", "augment")  # of `data`; its other keys belong to the source
 
 
@@ -55,9 +56,15 @@ def plan_run(config: dict, default_threads: int) -> Run:
     Raises:
         UserError: a value is not legal; the sentence names the key, the value and what is legal.
     """
-    config = {**config, "num_threads": _num_threads(config["num_threads"], default_threads)}
+    config = {
+        **config,
+        "norm": add_source(config["norm"]),
+        "num_threads": _num_threads(config["num_threads"], default_threads),
+    }
     if config["precision"] not in PRECISIONS:
         raise UserError(f"precision={config['precision']} is not legal: it is one of {', '.join(PRECISIONS)}")
+    if config["engine"] not in ENGINES:
+        raise UserError(f"engine={config['engine']} is not legal: it is one of {', '.join(ENGINES)}")
     if config["seed"] < 0:
         raise UserError(f"seed={config['seed']} is not legal: it is 0 or more")
     if config["checkpoint_s"] <= 0:

@@ -1,6 +1,8 @@
 """Which statistics a batch-dependent norm uses once it is trained: running averages are only one choice.
 
-A layer belongs here if it keeps `running_mean` and `running_var`, whatever its class.
+A layer belongs here if it keeps buffers named `running_...`, whatever its class. The population's values are written
+to `running_mean` and `running_var`, where it has them, of (C,) or as many elements; a layer whose statistics are others
+takes them by a method `set_statistics(mean, square)`, the population's mean of x and of x^2 for each channel (C,).
 """
 
 import contextlib
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 def layers_with_statistics(model: nn.Module) -> list[nn.Module]:
     """The layers that keep running statistics, in the order of the model."""
-    return [layer for layer in model.modules() if isinstance(getattr(layer, "running_mean", None), Tensor)]
+    return [layer for layer in model.modules() if _keeps_statistics(layer)]
 
 
 @torch.no_grad()
@@ -24,11 +26,10 @@ def update_precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> No
     mean = sum(x) / n, var = sum(x^2) / n - mean^2, as fvcore's `update_bn_stats` estimates the population variance.
     """
     layers = layers_with_statistics(model)
-    sums = [torch.zeros(3, layer.running_mean.numel(), dtype=torch.float64, device=layer.running_mean.device)
-            for layer in layers]  # fmt: skip
+    moments: list[list[Tensor]] = [[] for _ in layers]  # count, sum and sum of squares, once a batch has passed
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, total=total: _add_moments(total, inputs[0]))
-        for layer, total in zip(layers, sums, strict=True)
+        layer.register_forward_pre_hook(lambda _, inputs, own=own: _add_moments(own, inputs[0]))
+        for layer, own in zip(layers, moments, strict=True)
     ]
     try:
         with batch_statistics(model), _whole_batches(layers):
@@ -37,10 +38,10 @@ def update_precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> No
     finally:
         for hook in hooks:
             hook.remove()
-    for layer, (count, first, second) in zip(layers, sums, strict=True):
-        mean = first / count
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(second / count - mean.square())
+    for layer, own in zip(layers, moments, strict=True):
+        if own:  # else the model does not use it
+            count, first, second = own
+            _set_statistics(layer, first / count, second / count)
 
 
 @contextlib.contextmanager
@@ -89,9 +90,26 @@ def _whole_batches(layers: list[nn.Module]) -> Iterator[None]:
             layer.norm_batch_size = size
 
 
-def _add_moments(total: Tensor, x: Tensor) -> None:
-    """Add (count, sum, sum of squares) of each channel of x (N, C, H, W) to `total` (3, C)."""
+def _keeps_statistics(layer: nn.Module) -> bool:
+    return any(name.startswith("running_") for name, _ in layer.named_buffers(recurse=False))
+
+
+def _add_moments(moments: list[Tensor], x: Tensor) -> None:
+    """Add count, sum and sum of squares of each channel of x (N, C, H, W) to `moments`."""
     x = x.double()
-    total[0] += x.numel() // x.shape[1]
-    total[1] += x.sum((0, 2, 3))
-    total[2] += x.square().sum((0, 2, 3))
+    newest = [
+        torch.full((x.shape[1],), x.numel() // x.shape[1], dtype=x.dtype, device=x.device),
+        x.sum((0, 2, 3)),
+        x.square().sum((0, 2, 3)),
+    ]
+    moments[:] = [old + new for old, new in zip(moments, newest, strict=True)] if moments else newest
+
+
+def _set_statistics(layer: nn.Module, mean: Tensor, square: Tensor) -> None:
+    if hasattr(layer, "set_statistics"):
+        layer.set_statistics(mean, square)
+        return
+    for name, value in (("running_mean", mean), ("running_var", square - mean.square())):
+        running = getattr(layer, name, None)
+        if running is not None:
+            running.copy_(value.view_as(running))

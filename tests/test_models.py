@@ -1,6 +1,8 @@
 """Models: golden parameter counts, shapes, and that nothing about them depends on which norm they are given."""
 
 import ast
+import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import gnbench
 from gnbench.build import channel_counts
 from gnbench.configs import choices, load_group
 from gnbench.errors import UserError
+from gnbench.models import brings_activation
+from gnbench.norms import WeightStandardization
 
 NORMS = ["bn", "gn", "ln", "in"]
 
@@ -99,7 +103,7 @@ def test_channel_counts_are_those_of_the_norms():
 
 
 def test_what_cannot_be_built_is_refused_in_a_sentence():
-    with pytest.raises(UserError, match=r"norm=foo is not known: it is one of bn, brn, gn, in, ln, none"):
+    with pytest.raises(UserError, match=r"norm=foo is not known: it is one of batch_group, bcn, "):
         gnbench.norm("foo")
     with pytest.raises(UserError, match=r"model=foo is not known: it is one of resnet110"):
         gnbench.model("foo")
@@ -118,6 +122,146 @@ def test_a_norm_that_changes_the_shape_or_returns_nan_is_refused():
         gnbench.model("resnet8", norm=lambda num_channels: nn.Threshold(1e9, float("nan")))
 
 
+class NormAndReLU(nn.GroupNorm):
+    """GN that brings the activation after it, which is ReLU, so that a model with it is one with GN."""
+
+    def __init__(self, num_channels: int, apply_act: bool = True) -> None:
+        super().__init__(2, num_channels)
+        self.apply_act = apply_act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y.relu() if self.apply_act else y
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50", "vgg16"])
+def test_a_norm_that_brings_its_relu_gives_the_model_of_the_norm_without(name):
+    plain, bringing = (
+        gnbench.model(name, norm=norm, seed=1).double() for norm in (gnbench.norm("gn", num_groups=2), NormAndReLU)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for one, other in zip(plain.parameters(), bringing.parameters(), strict=True):
+        value = one.detach() + 0.3 * torch.randn(one.shape, generator=generator, dtype=one.dtype) * (one.ndim == 1)
+        one.data, other.data = value, value.clone()
+    images = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    y, z = plain(images), bringing(images)
+    torch.testing.assert_close(y, z)
+    for logits in (y, z):
+        logits.square().sum().backward()
+    for one, other in zip(plain.parameters(), bringing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_norm_without_a_signature_brings_no_activation():
+    assert not brings_activation(max)  # a builtin that has none
+    assert not brings_activation(nn.BatchNorm2d)
+    assert brings_activation(NormAndReLU)
+    assert brings_activation(functools.partial(NormAndReLU, apply_act=True))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18"])
+def test_a_norm_of_the_weights_acts_on_every_convolution_and_what_is_trained_is_underneath(name):
+    plain, model = (gnbench.model(name, norm=norm, seed=3) for norm in ("gn", "gn_ws"))
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    trained = [module.weight for module in plain.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convs) == len(trained) > 6
+    for conv, weight in zip(convs, trained, strict=True):
+        assert torch.equal(conv.parametrizations.weight.original, weight)
+        rows = weight.flatten(1)
+        expected = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(conv.weight, expected.view_as(weight))
+    assert count_parameters(model) == count_parameters(plain)
+    same = gnbench.model(name, norm=gnbench.norm("gn", weight=WeightStandardization), seed=3)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(same(images), model(images))
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.state_dict())
+    assert torch.equal(copied(images), model(images))
+
+
+def test_what_stands_inside_a_norm_is_started_by_its_author_and_changes_no_weight_outside():
+    class Inside(nn.Module):
+        def __init__(self, num_channels: int) -> None:
+            super().__init__()
+            self.mix = nn.Conv2d(num_channels, num_channels, 1)
+            nn.init.constant_(self.mix.weight, 0.25)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.mix(x)
+
+    Inside.conv_weight = WeightStandardization
+    plain, model = gnbench.model("resnet8", norm="none", seed=3), gnbench.model("resnet8", norm=Inside, seed=3)
+    assert torch.equal(model.classifier.weight, plain.classifier.weight)
+    assert torch.equal(model.blocks[2].conv2.parametrizations.weight.original, plain.blocks[2].conv2.weight)
+    assert (model.blocks[2].norm2.mix.weight == 0.25).all()
+
+
+def test_a_norm_may_start_the_end_of_a_branch_in_its_own_way():
+    model = gnbench.model("resnet8", norm="skipinit")
+    assert [block.norm2.weight.tolist() for block in model.blocks] == [[0.0]] * 3
+    assert model.blocks[0].norm1.weight is None
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.blocks[0](x := model.act1(model.norm1(model.conv1(images)))), x)
+    bcn = gnbench.model("resnet8", norm="bcn")
+    assert not any(block.norm2.channel.weight.any() for block in bcn.blocks)
+
+
+class Faulty(nn.Module):
+    """A layer that is wrong in one way."""
+
+    def __init__(self, num_channels: int, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        if fault == "statistics":
+            self.register_buffer("running_mean", torch.zeros(num_channels + 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fault == "list":
+            return [x]
+        if self.fault == "gradient":
+            return (x - x.detach()).square().sum((1, 2, 3), keepdim=True).sqrt() + x
+        if self.fault == "detached":
+            return x.detach()
+        if self.fault == "evaluation" and not self.training:
+            return x.sum(0)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("list", "its output is of type list, not a tensor"),
+        ("gradient", "its gradient is not finite on a first batch"),
+        ("detached", "does not require grad"),
+        ("evaluation", r"turns the shape \(4, 16, 4, 4\) into \(16, 4, 4\)"),
+        ("statistics", "shape"),
+    ],
+)
+def test_a_layer_that_would_fail_later_is_refused_at_once(fault, sentence):
+    with pytest.raises(UserError, match=f"on 16, 32, 64 channels .*{sentence}"):
+        gnbench.model("resnet8", norm=functools.partial(Faulty, fault=fault))
+
+
+def test_what_is_no_module_or_is_wrong_without_its_activation_alone_is_refused():
+    with pytest.raises(UserError, match=r"it returns int, no torch\.nn\.Module"):
+        gnbench.model("resnet8", norm=lambda num_channels: num_channels)
+    with pytest.raises(UserError, match=r"into \(4, 256\)"):
+        gnbench.model("resnet8", norm=lambda num_channels, apply_act: nn.ReLU() if apply_act else nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("weight", "sentence"),
+    [
+        (lambda conv: nn.Flatten(), r"of shape \(16, 3, 3, 3\): it turns the shape"),
+        (lambda conv: nn.Threshold(1e9, float("nan")), "its weight is not finite"),
+        (lambda conv: 1 / 0, "division by zero"),
+    ],
+)
+def test_a_norm_of_the_weights_that_cannot_be_is_refused(weight, sentence):
+    with pytest.raises(UserError, match=f"norm cannot act on the weights of model=resnet8.*{sentence}"):
+        gnbench.model("resnet8", norm=gnbench.norm("gn", weight=weight))
+
+
 def test_python_surface_takes_a_norm_from_its_file():
     assert gnbench.norm("gn", num_groups=4)(16).num_groups == 4
     assert gnbench.norm("gn")(16).num_groups == 8
@@ -126,7 +270,10 @@ def test_python_surface_takes_a_norm_from_its_file():
     assert gnbench.norm("bn")(16).norm_batch_size is None
 
 
-@pytest.mark.parametrize("path", ["train.py", "evaluate.py", "precise_bn.py", "models/resnet.py", "models/__init__.py"])
+@pytest.mark.parametrize(
+    "path",
+    ["train.py", "evaluate.py", "precise_bn.py", "models/resnet.py", "models/vgg.py", "models/__init__.py"],
+)
 def test_models_and_trainer_ask_no_norm_what_it_is(path):
     source = (Path(gnbench.__file__).parent / path).read_text()
     for node in ast.walk(ast.parse(source)):

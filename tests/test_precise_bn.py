@@ -46,6 +46,39 @@ def test_layers_are_found_by_what_they_keep():
     assert layers_with_statistics(model) == [model[0], model[2]]
 
 
+class Odd(nn.Module):
+    """Keeps statistics of its own: a root mean square, in a shape of its own."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_rms", torch.ones(1, num_channels, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / self.running_rms
+
+    def set_statistics(self, mean: torch.Tensor, square: torch.Tensor) -> None:
+        self.running_rms.copy_(square.sqrt()[None, :, None, None])
+
+
+def test_a_layer_takes_the_population_in_its_own_way_and_a_part_that_is_not_used_keeps_what_it_has():
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("running_var", torch.ones(1, 3, 1, 1))
+            self.unused = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model, batches = nn.Sequential(Odd(3), Shaped()).double(), make_batches()
+    update_precise_statistics(model, batches)
+    values = torch.cat(batches).transpose(0, 1).flatten(1)
+    rms = values.square().mean(1).sqrt()
+    torch.testing.assert_close(model[0].running_rms.flatten(), rms)
+    torch.testing.assert_close(model[1].running_var.flatten(), values.var(1, correction=0))  # the rms was still 1
+    assert torch.equal(model[1].unused.running_var, torch.ones(3))
+
+
 def test_batch_statistics_normalize_with_the_batch_and_leave_no_trace():
     model = make_model(None)
     images = make_batches(1)[0]

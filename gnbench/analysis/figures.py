@@ -77,17 +77,33 @@ class NormStyle:
     linestyle: str | tuple
 
 
-NORM_STYLES = {  # colours of Okabe and Ito, told apart by the colour-blind; in grey, markers and lines tell them apart
+# The paper's are colours of Okabe and Ito, told apart by the colour-blind; in grey, markers and lines tell all apart.
+NORM_STYLES = {
     "bn": NormStyle("#0072B2", "o", LINESTYLES[1]),
     "gn": NormStyle("#D55E00", "s", LINESTYLES[0]),
     "ln": NormStyle("#009E73", "^", LINESTYLES[3]),
     "in": NormStyle("#CC79A7", "D", LINESTYLES[2]),
     "none": NormStyle("#000000", "x", LINESTYLES[4]),
+    "brn": NormStyle("#332288", "v", LINESTYLES[1]),
+    "bn_ws": NormStyle("#6699CC", ">", LINESTYLES[1]),
+    "mabn": NormStyle("#AA4499", "*", LINESTYLES[1]),
+    "batch_group": NormStyle("#44AA99", "P", LINESTYLES[1]),
+    "bcn": NormStyle("#88CCEE", "<", LINESTYLES[1]),
+    "bcn_ws": NormStyle("#004488", "h", LINESTYLES[1]),
+    "switchable": NormStyle("#999933", "X", LINESTYLES[3]),
+    "evonorm_b0": NormStyle("#CC6677", "p", LINESTYLES[3]),
+    "gn_ws": NormStyle("#EE8866", "P", LINESTYLES[0]),
+    "rms_gn": NormStyle("#994400", "X", LINESTYLES[0]),
+    "rms_ln": NormStyle("#117733", "v", LINESTYLES[3]),
+    "frn": NormStyle("#DDAA33", "d", LINESTYLES[0]),
+    "evonorm_s0": NormStyle("#882255", "p", LINESTYLES[0]),
+    "pono": NormStyle("#EE99AA", "<", LINESTYLES[2]),
+    "skipinit": NormStyle("#BBBBBB", "+", LINESTYLES[4]),
 }
 
 
 def style_norm(name: str) -> NormStyle:
-    """The style of a norm: the paper's are fixed, any other's follows from its name."""
+    """The style of a norm: configs/norm's are fixed, any other's follows from its name, in spare colours."""
     if name in NORM_STYLES:
         return NORM_STYLES[name]
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

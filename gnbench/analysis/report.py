@@ -41,6 +41,14 @@ RUN_COLUMNS = {
     "device": "device",
     "cause": "cause",
 }
+NORM_COLUMNS = {
+    "norm": "norm",
+    "description": "what it is",
+    "depends_on": "an output depends on",
+    "parameters": "parameters of a layer of C channels",
+    "num_parameters": "of the model",
+    "source": "source",
+}
 DECIMALS = {"time_s": 0, "images_per_s": 0, "peak_memory_mb": 0}
 
 
@@ -190,6 +198,30 @@ def tabulate_groups(frame: "pd.DataFrame") -> "pd.DataFrame":
     return cells[[*columns, "diverged", "failed", "missing"]] if batch_size is not None else cells.iloc[:0]
 
 
+def tabulate_norms(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """A row a norm of the frame: what it is, what it depends on, its parameters and its source.
+
+    gnbench's own norms say it in their files; another one is told by its import path and the hash of its source.
+    """
+    import pandas as pd
+
+    from gnbench.analysis import table
+
+    keys = ["norm", "norm._target_", "norm.source"]
+    readable = frame[frame["status"] != "unreadable"].reindex(columns=[*dict.fromkeys([*frame.columns, *keys])])
+    return pd.DataFrame(
+        [
+            {
+                "norm": table.label_norm(norm),
+                "num_parameters": _names(rows["num_parameters"].dropna()),
+                **_describe_norm(norm, rows.iloc[0]),
+            }
+            for (norm, _, _), rows in readable.groupby(keys, sort=False, dropna=False)
+        ],
+        columns=list(NORM_COLUMNS),
+    )
+
+
 def headline(frame: "pd.DataFrame") -> str:
     """The runs in one sentence, from their numbers: how each norm's test error changes over the axis they sweep."""
     from gnbench.analysis import statistics, table
@@ -234,6 +266,7 @@ def render_page(frame: "pd.DataFrame", tables: dict, images: Sequence[tuple[str,
         images=images,
         summary=_format_summary(tables["summary"]),
         claims=_format_claims(tables["claims"]),
+        norms=_format(tabulate_norms(frame), NORM_COLUMNS),
         unfinished=_format(unfinished, {"run": "run", "status": "status", "cause": "cause"}),
         runs=_format(frame, RUN_COLUMNS),
     )
@@ -382,6 +415,18 @@ def _span(counts: Sequence[int]) -> str:
 
 def _names(values: "pd.Series") -> str:
     return ", ".join(str(value) for value in values.unique() if _is_told(value))
+
+
+def _describe_norm(norm: str, row: "pd.Series") -> dict[str, str]:
+    from gnbench.configs import choices, describe_norm
+
+    target = str(row["norm._target_"])
+    if target.startswith("gnbench.") and norm in choices("norm"):
+        return describe_norm(norm)
+    depends_on = "batch" if _is_told(row["norm_batch_size"]) else "sample"
+    weights = ", weights" if _is_told(row.get("norm.weight._target_")) else ""
+    source = f"hash {row['norm.source']}" if _is_told(row["norm.source"]) else ""
+    return {"description": target, "depends_on": depends_on + weights, "parameters": "", "source": source}
 
 
 def _describe_norms(frame: "pd.DataFrame") -> list[str]:

@@ -11,7 +11,28 @@ from gnbench.errors import UserError
 from gnbench.record import NOT_IDENTITY, find_runs, load_record
 
 REFERENCE = Path(__file__).with_name("reference.csv")
-NORM_LABELS = {"bn": "BN", "gn": "GN", "ln": "LN", "in": "IN", "none": "no norm"}  # in the order of every table
+NORM_LABELS = {  # in the order of every table
+    "bn": "BN",
+    "gn": "GN",
+    "ln": "LN",
+    "in": "IN",
+    "none": "no norm",
+    "brn": "Batch Renorm",
+    "bn_ws": "BN + WS",
+    "mabn": "MABN",
+    "batch_group": "Batch Group",
+    "bcn": "BCN",
+    "bcn_ws": "BCN + WS",
+    "switchable": "Switchable",
+    "evonorm_b0": "EvoNorm-B0",
+    "gn_ws": "GN + WS",
+    "rms_gn": "RMS GN",
+    "rms_ln": "RMS LN",
+    "frn": "FRN + TLU",
+    "evonorm_s0": "EvoNorm-S0",
+    "pono": "PONO",
+    "skipinit": "SkipInit",
+}
 RENAMED = {  # keys of a flattened config -> columns
     "norm.name": "norm",
     "norm.num_groups": "num_groups",
@@ -168,12 +189,12 @@ def choose_reference(frame: pd.DataFrame, x: str) -> pd.DataFrame:
 
 
 def label_norm(name: str) -> str:
-    """BN for bn, and so on; a norm that the paper does not know keeps its name."""
+    """BN for bn, and so on; a norm that is not in configs/norm keeps its name."""
     return NORM_LABELS.get(name, name)
 
 
 def rank_norm(name: str) -> tuple[int, str]:
-    """Sort key: the paper's norms in its order, then the others by name."""
+    """Sort key: the norms of configs/norm in the order of their labels, then others by name."""
     order = list(NORM_LABELS)
     return (order.index(name), "") if name in order else (len(order), str(name))
 

@@ -1,12 +1,15 @@
 """Residual networks for images of 32 x 32: the 6n+2 family for CIFAR, and torchvision's with a CIFAR stem."""
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.models import NormFactory, zero_scale
+from gnbench.models import NormFactory, brings_activation, norm_alone, norm_and_activation, zero_scale
 from gnbench.torchvision_compat import import_torchvision
 
 WIDTHS = (16, 32, 64)  # channels of the three stages
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # torchvision's names
 
 
 class PadShortcut(nn.Module):
@@ -23,19 +26,19 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """y = relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x))."""
+    """y = relu(norm2(conv2(act1(norm1(conv1(x))))) + shortcut(x)), act1 a ReLU unless norm1 brings an activation."""
 
     def __init__(self, norm: NormFactory, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.norm1 = norm(channels)
+        self.norm1, self.act1 = norm_and_activation(norm, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = norm(channels)
+        self.norm2 = norm_alone(norm, channels)
         same = in_channels == channels and stride == 1
         self.shortcut = nn.Identity() if same else PadShortcut(channels - in_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)))
+        out = self.act1(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
@@ -45,7 +48,7 @@ class CifarResNet(nn.Module):
     def __init__(self, norm: NormFactory, num_classes: int, depth: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
-        self.norm1 = norm(WIDTHS[0])
+        self.norm1, self.act1 = norm_and_activation(norm, WIDTHS[0])
         blocks, in_channels = [], WIDTHS[0]
         for stage, channels in enumerate(WIDTHS):
             for block in range((depth - 2) // 6):
@@ -55,7 +58,7 @@ class CifarResNet(nn.Module):
         self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.norm1(self.conv1(images)))  # (N, 3, H, W) -> (N, 16, H, W)
+        x = self.act1(self.norm1(self.conv1(images)))  # (N, 3, H, W) -> (N, 16, H, W)
         x = self.blocks(x)  # -> (N, 64, H/4, W/4)
         return self.classifier(x.mean((2, 3)))  # -> (N, num_classes)
 
@@ -83,12 +86,37 @@ def torchvision_resnet(
     norm: NormFactory, num_classes: int, architecture: str, zero_init_residual: bool = True
 ) -> nn.Module:
     """torchvision's resnet18, resnet34 or resnet50 with a CIFAR stem: a 3 x 3 convolution of stride 1, no pooling."""
-    models = import_torchvision().models
-    model = getattr(models, architecture)(num_classes=num_classes, norm_layer=norm)
+    layer = functools.partial(norm, apply_act=True) if brings_activation(norm) else norm
+    model = getattr(import_torchvision().models, architecture)(num_classes=num_classes, norm_layer=layer)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
+    blocks = [block for stage in STAGES for block in getattr(model, stage)]
+    if brings_activation(norm):
+        _move_activations(model, blocks, norm)
     if zero_init_residual:
-        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-            for block in stage:
-                zero_scale(block.bn3 if hasattr(block, "bn3") else block.bn2)  # torchvision's names, of any norm
+        for block in blocks:
+            zero_scale(getattr(block, _last_place(block)[1]))
     return model
+
+
+def _move_activations(model: nn.Module, blocks: list[nn.Module], norm: NormFactory) -> None:
+    """Leave the activations to the norms, but for the ReLU after an addition.
+
+    torchvision's blocks use one module `relu` after their norms and after their addition. Here it does nothing, the
+    norms before an addition are built without an activation, and a ReLU of its own follows each block.
+    """
+    model.relu = nn.Identity()
+    for block in blocks:
+        block.relu = nn.Identity()
+        conv, last = _last_place(block)
+        setattr(block, last, norm_alone(norm, getattr(block, conv).out_channels))
+        if block.downsample is not None:
+            block.downsample[1] = norm_alone(norm, block.downsample[0].out_channels)
+    for stage in STAGES:
+        layers = [layer for block in getattr(model, stage) for layer in (block, nn.ReLU())]
+        setattr(model, stage, nn.Sequential(*layers))
+
+
+def _last_place(block: nn.Module) -> tuple[str, str]:
+    """torchvision's names of a block's last convolution and of the norm after it, whichever norm that is."""
+    return ("conv3", "bn3") if hasattr(block, "bn3") else ("conv2", "bn2")

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from gnbench.errors import UserError
-from gnbench.models import NormFactory
+from gnbench.models import NormFactory, norm_and_activation
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # configuration D
 
@@ -11,7 +11,8 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 class VGG(nn.Module):
     """Thirteen 3 x 3 convolutions in five stages (arXiv:1409.1556), each halved by max-pooling, and one classifier.
 
-    The convolutions keep their biases whatever the norm. `response` is what the last activation is given.
+    The convolutions keep their biases whatever the norm. `response` is what the last activation is given; where the
+    norm brings the activation, it is what that gives.
     """
 
     def __init__(self, norm: NormFactory, num_classes: int, width: float = 1.0) -> None:
@@ -19,13 +20,14 @@ class VGG(nn.Module):
         layers, in_channels = [], 3
         for stage in STAGES:
             for channels in (round(width * channels) for channels in stage):
-                layers += [nn.Conv2d(in_channels, channels, 3, padding=1), norm(channels), nn.ReLU(inplace=True)]
+                conv = nn.Conv2d(in_channels, channels, 3, padding=1)
+                layers += [conv, *norm_and_activation(norm, channels, inplace=True)]
                 in_channels = channels
             layers.append(nn.MaxPool2d(2))
-        *before, relu, pool = layers
+        *before, activation, pool = layers
         self.features = nn.Sequential(*before)
         self.response = nn.Identity()
-        self.last = nn.Sequential(relu, pool)
+        self.last = nn.Sequential(activation, pool)
         self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

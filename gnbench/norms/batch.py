@@ -1,11 +1,50 @@
-"""Batch Normalization whose statistics are shared by a part of the SGD batch."""
+"""Batch Normalization whose statistics are shared by a part of the SGD batch, and its kin."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gnbench.norms.group import count_groups
+from gnbench.norms.precision import widen
 
-class BatchNorm(nn.Module):
+
+class NormBatches(nn.Module):
+    """What layers share that see a batch of N images as W = N / NBS normalization batches; `BatchNorm` says how.
+
+    Args:
+        norm_batch_size: images that share statistics; None takes the whole batch.
+        momentum: weight of the newest statistics in the running ones.
+
+    Raises:
+        ValueError: norm_batch_size is below 1.
+    """
+
+    batch_only = False  # set while a measurement wants the statistics of the batch at hand and nothing else
+
+    def __init__(self, norm_batch_size: int | None, momentum: float) -> None:
+        super().__init__()
+        if norm_batch_size is not None and norm_batch_size < 1:
+            raise ValueError(f"norm_batch_size={norm_batch_size} is below 1")
+        self.norm_batch_size = norm_batch_size
+        self.momentum = momentum
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(N, C, H, W') -> (NBS, W, C, H, W'): worker w has [:, w]; in evaluation there is one."""
+        workers = self._num_workers(len(x)) if self.training else 1
+        return x.unflatten(0, (len(x) // workers, workers))
+
+    def _num_workers(self, batch_size: int) -> int:
+        if self.norm_batch_size is None:
+            return 1
+        most = max(1, batch_size // self.norm_batch_size)
+        return next(workers for workers in range(most, 0, -1) if batch_size % workers == 0)
+
+    def _follow(self, running: Tensor, newest: Tensor) -> None:
+        """Move running statistics (C,) towards the average of the workers' newest (W, C)."""
+        running.lerp_(newest.detach().mean(0), self.momentum)
+
+
+class BatchNorm(NormBatches):
     """Batch Normalization (arXiv:1502.03167) with its own normalization batch size (NBS, arXiv:2105.07576).
 
     y = gamma * (x - mean) / sqrt(var + eps) + beta, x (N, C, H, W), gamma and beta (C,). In training, mean and var
@@ -29,17 +68,11 @@ class BatchNorm(nn.Module):
         ValueError: norm_batch_size is below 1.
     """
 
-    batch_only = False  # set while a measurement wants the statistics of the batch at hand and nothing else
-
     def __init__(
         self, num_channels: int, norm_batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0.1
     ) -> None:
-        super().__init__()
-        if norm_batch_size is not None and norm_batch_size < 1:
-            raise ValueError(f"norm_batch_size={norm_batch_size} is below 1")
-        self.norm_batch_size = norm_batch_size
+        super().__init__(norm_batch_size, momentum)
         self.eps = eps
-        self.momentum = momentum
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
         self.register_buffer("running_mean", torch.zeros(num_channels))
@@ -63,12 +96,6 @@ class BatchNorm(nn.Module):
         if workers == 1:
             return self.weight, self.bias
         return self.weight.repeat(workers), self.bias.repeat(workers)
-
-    def _num_workers(self, batch_size: int) -> int:
-        if self.norm_batch_size is None:
-            return 1
-        most = max(1, batch_size // self.norm_batch_size)
-        return next(workers for workers in range(most, 0, -1) if batch_size % workers == 0)
 
     def _normalize(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
@@ -119,3 +146,79 @@ class BatchRenorm(BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
+
+
+class EstimatedBatchNorm(BatchNorm):
+    """Estimate-based Batch Normalization (arXiv:1903.10520v2): in training too, x is normalized by running estimates.
+
+    Each worker moves the estimates by its own normalization batch, mean' = mean + m * (batch mean - mean) and
+    var' = var + m * (batch mean of (x - mean)^2 - var), and normalizes with mean' and var', through which no gradient
+    flows; the average over the workers is kept. The authors tie m to the learning rate; here it is `momentum`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.batch_only:
+            return super().forward(x)
+        split = self._split(widen(x))
+        mean, var = self._estimate(split)
+        scale = self.weight * (var + self.eps).rsqrt()  # (W, C)
+        shift = self.bias - mean * scale
+        return (split * scale[..., None, None] + shift[..., None, None]).flatten(0, 1).to(x.dtype)
+
+    @torch.no_grad()
+    def _estimate(self, split: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimates (W, C) of each worker, whose average becomes the running one."""
+        square = (split - self.running_mean[:, None, None]).square().mean((0, 3, 4))
+        mean = torch.lerp(self.running_mean, split.mean((0, 3, 4)), self.momentum)
+        var = torch.lerp(self.running_var, square, self.momentum)
+        self.running_mean.copy_(mean.mean(0))
+        self.running_var.copy_(var.mean(0))
+        return mean, var
+
+
+class BatchGroupNorm(BatchNorm):
+    """Batch Group Normalization (arXiv:1906.03548): samples-per-group x channels-per-group, between BN and GN.
+
+    y = gamma * (x - mean) / sqrt(var + eps) + beta; in training mean and var (biased) are taken over the positions of
+    C/G neighbouring channels of `norm_batch_size` images, in evaluation they are running statistics (G,). One channel
+    a group is BN; one image a normalization batch is GN in training, though not in evaluation. gamma and beta (C,).
+
+    Args:
+        num_groups: G; give this or `channels_per_group`, never both.
+        channels_per_group: C/G.
+
+    Raises:
+        ValueError: as `group_norm` and `BatchNorm`.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        norm_batch_size: int | None = None,
+        num_groups: int | None = None,
+        channels_per_group: int | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__(num_channels, norm_batch_size, eps, momentum)
+        self.num_groups = count_groups(num_channels, num_groups, channels_per_group)
+        self.register_buffer("running_mean", torch.zeros(self.num_groups))
+        self.register_buffer("running_var", torch.ones(self.num_groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = widen(x).reshape(len(x), self.num_groups, -1, x.shape[-1])  # (N, C, H, W) -> (N, G, C/G * H, W)
+        y = super().forward(grouped).reshape(x.shape)
+        return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def _affine(self, grouped: Tensor, workers: int) -> tuple[None, None]:
+        """None: gamma and beta belong to channels, not to groups."""
+        return None, None
+
+    def set_statistics(self, mean: Tensor, square: Tensor) -> None:
+        """Take the population's mean of x and of x^2 (C,) for the running statistics."""
+        mean, square = (moment.view(self.num_groups, -1).mean(1) for moment in (mean, square))
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(square - mean.square())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_groups={self.num_groups}"

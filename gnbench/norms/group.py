@@ -18,6 +18,15 @@ def group_norm(
     Raises:
         ValueError: both or neither is given, or the groups do not divide the channels.
     """
+    return nn.GroupNorm(count_groups(num_channels, num_groups, channels_per_group), num_channels, eps=eps)
+
+
+def count_groups(num_channels: int, num_groups: int | None, channels_per_group: int | None) -> int:
+    """The number of groups that one of the two means.
+
+    Raises:
+        ValueError: both or neither is given, or the groups do not divide the channels.
+    """
     if (num_groups is None) == (channels_per_group is None):
         given = f"num_groups={num_groups}, channels_per_group={channels_per_group}"
         raise ValueError(f"exactly one of num_groups and channels_per_group is to be given, got {given}")
@@ -25,7 +34,7 @@ def group_norm(
         if divisor is not None and (divisor < 1 or num_channels % divisor):
             legal = ", ".join(str(n) for n in range(1, num_channels + 1) if num_channels % n == 0)
             raise ValueError(f"{key}={divisor} does not divide {num_channels} channels; legal: {legal}")
-    return nn.GroupNorm(num_groups or num_channels // channels_per_group, num_channels, eps=eps)
+    return num_groups or num_channels // channels_per_group
 
 
 def layer_norm(num_channels: int, eps: float = 1e-5) -> nn.GroupNorm:
