@@ -20,16 +20,16 @@ class Recipe:
     epochs: int = 164  # 64k steps at batch 128 on CIFAR, as arXiv:1512.03385
     max_steps: int | None = None  # ends the training after so many updates; the schedule spans what is trained
     base_lr: float = 0.1  # lr = base_lr * batch_size / base_batch_size
-    base_batch_size: int = 128
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
+    base_batch_size: int = 128  # the batch size at which lr is base_lr
+    momentum: float = 0.9  # of SGD
+    nesterov: bool = False  # whether momentum looks ahead
+    weight_decay: float = 1e-4  # L2, added to the gradient
     norm_weight_decay: bool = True  # whether gamma, beta and biases decay too, as in arXiv:1803.08494
     schedule: str = "step"  # step, cosine, constant
     milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])  # of the training, for `step`
     lr_decay: float = 0.1  # factor at each milestone
     warmup_epochs: float = 0.0  # linear from 0
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of the target spread over all classes
     clip_grad_norm: float | None = None  # largest L2 norm of all gradients together
     drop_last: bool = True  # whether an epoch leaves out the images that do not fill its last batch
     frozen_epochs: int = 0  # the last so many epochs use the running statistics as they are (arXiv:2105.07576)

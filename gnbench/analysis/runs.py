@@ -1,0 +1,463 @@
+"""`gnbench-runs`: list, compare, delete runs and train them again, chosen by a query. Needs no torch.
+
+gnbench-runs results/x --where "norm == 'bn' and batch_size == 2"   the runs that fit
+gnbench-runs results/x --where "status == 'failed'" --command       the command line of each
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gnbench.errors import UserError
+from gnbench.record import LOCK, NOT_IDENTITY, RECORD, digest, load_record
+
+if TYPE_CHECKING:  # --help need not wait for pandas and OmegaConf
+    import pandas as pd
+    from omegaconf import DictConfig
+
+GROUPS = ("norm", "model", "data")  # keys of a config that are files of configs/
+RUN_NAME = re.compile(r".+-s\d+-[0-9a-f]{12}")  # as record.run_name makes it
+PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)  # text that Hydra reads as text without quotes
+NOT_TEXT = ("null", "true", "false", "inf", "nan")
+NOT_TYPED = ("tuning", "norm.source", "norm.weight.source", "results")  # what a run worked out; where it stood
+NOT_CONFIG = (  # columns that do not say what was asked for
+    *("variant", "setting", "label", "status", "cause", "cell", "sweep", "run", "directory", "tuned", "results"),
+    *("epochs_done", "num_parameters", "images_per_s", "peak_memory_mb"),
+)
+NEVER = 1000  # changes of a file that is not to be chosen
+NUMBERS = ("test_error", "final_test_error", "val_error", "train_error", "train_loss", "time_s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, 1 if a run was left out, 2 with a sentence where it was refused."""
+    options = make_parser().parse_args(argv)
+    if not {"", os.getcwd()} & set(sys.path):  # `gnbench` has it too: a norm of one's own, which is a part of its run
+        sys.path.append(os.getcwd())
+    try:
+        if (options.delete or options.rerun) and options.where is None:
+            raise UserError("--delete and --rerun need --where, which says what is deleted; --where True is every run")
+        frame = load_runs(options.directories)
+        chosen = choose_runs(frame, options.where)
+        if chosen.empty:
+            print(f"gnbench-runs: none of the {len(frame)} runs fits", file=sys.stderr)
+            return 0
+        if options.compare:
+            return _print_comparison(chosen)
+        if options.command:
+            return _print_commands(chosen)
+        if options.delete or options.rerun:
+            return _delete(chosen, options.yes, options.rerun)
+        return _print_list(chosen, len(frame))
+    except UserError as error:
+        print(f"gnbench-runs: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    parser = argparse.ArgumentParser(
+        prog="gnbench-runs", description="List, compare, delete runs and train them again, chosen by a query."
+    )
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="holds runs, as DIR/<run>/record.json")
+    parser.add_argument(
+        "--where",
+        metavar="QUERY",
+        help="""a condition in pandas' words on the columns of gnbench.load: "norm == 'bn' and batch_size == 2", """
+        '"test_error > 50", "status in [\'failed\', \'diverged\']", "`norm.eps` > 1e-5"',
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--compare", action="store_true", help="what the runs' configs differ in, and their numbers")
+    action.add_argument(
+        "--command", action="store_true", help="the command line that trains each run, or goes on with it"
+    )
+    action.add_argument("--delete", action="store_true", help="delete the runs' directories")
+    action.add_argument("--rerun", action="store_true", help="delete, and print the command lines that start afresh")
+    parser.add_argument("--yes", action="store_true", help="do delete; without it, only say what would be deleted")
+    return parser
+
+
+def load_runs(directories: Sequence[Path | str]) -> "pd.DataFrame":
+    """The runs of all directories, a row a run as `table.load` gives it, with its `directory` as it was typed.
+
+    Raises:
+        UserError: a directory does not exist or holds no records.
+    """
+    import pandas as pd
+
+    from gnbench.analysis import table
+
+    places = {Path(directory).resolve(): directory for directory in reversed(directories)}
+    frames = [table.load(directory).assign(directory=str(directory)) for directory in reversed(places.values())]
+    columns = list(dict.fromkeys(key for frame in frames for key in frame))
+    told = [frame.dropna(axis="columns", how="all") for frame in frames]  # a column without values has no type to keep
+    return pd.concat(told, ignore_index=True).reindex(columns=columns)
+
+
+def choose_runs(frame: "pd.DataFrame", where: str | None) -> "pd.DataFrame":
+    """The rows for which the condition `where` is true, all of them where there is none.
+
+    Raises:
+        UserError: it cannot be read, or is no condition on the frame's columns.
+    """
+    if where is None:
+        return frame
+    try:
+        fits = frame.eval(where, engine="python", local_dict={}, global_dict={})
+    except Exception as error:  # pandas raises errors of many kinds
+        raise UserError(f"--where {where!r} is no condition on these runs: {_first_line(error)}") from error
+    if isinstance(fits, bool):
+        return frame if fits else frame.iloc[:0]
+    if getattr(fits, "dtype", None) not in ("bool", "boolean"):
+        raise UserError(f"--where {where!r} is no condition: it is to be true or false of each run, as batch_size == 2")
+    return frame[fits]
+
+
+def command_line(directory: Path | str, record: dict) -> str:
+    """The `gnbench key=value ...` that trains the run of a record again, into `directory`.
+
+    What is typed is what differs from the files of configs/ as they are now. The result is proven here: the config that
+    the words compose to has the record's digest. (The images are taken to be those of the record.)
+
+    Raises:
+        UserError: no words compose to that digest, as after a change of gnbench or of the tuning behind `tuned_from`.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        words, config = _compose_words(record["config"])
+    except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"this version of gnbench has no such config ({_first_line(error)})") from error
+    if digest(config, str(record.get("data_fingerprint"))) != record.get("digest"):
+        asked, given = (dict(_leaves(node)) for node in (record["config"], config))
+        keys = [key for key in {**asked, **given} if not _is_free(key) and asked.get(key) != given.get(key)]
+        if not keys:
+            raise UserError("its digest is not that of its config and images")
+        raise UserError(f"this version of gnbench composes another run from its config, with another {', '.join(keys)}")
+    return shlex.join(["gnbench", *words, f"results={_format_value(str(directory))}"])
+
+
+def is_trained_now(place: Path) -> bool:
+    """Whether a process holds the lock of the run in `place`. Leaves no file behind."""
+    if not (place / LOCK).exists():
+        return False
+    with contextlib.suppress(OSError), _held(place) as free:
+        return not free
+    return False  # on a disk that is read-only it cannot be told, and nothing can be trained
+
+
+def delete_run(place: Path) -> None:
+    """Delete the directory of a run, with all that it holds.
+
+    Raises:
+        UserError: it is not a run's directory, a process trains the run, or it cannot be deleted.
+    """
+    _require_run(place)
+    try:
+        with _held(place) as free:
+            if not free:
+                raise UserError("a process trains it")
+            for path in sorted(place.iterdir(), key=lambda path: path.name == LOCK):  # the lock last
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        with contextlib.suppress(OSError):  # a process has begun to train it anew
+            place.rmdir()
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"it cannot be deleted ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _require_run(place: Path) -> None:
+    if place.is_symlink():
+        raise UserError("it is a link")
+    if not RUN_NAME.fullmatch(place.name) or not (place / RECORD).is_file():
+        raise UserError("it is not named as a run's directory is")
+
+
+@contextlib.contextmanager
+def _held(place: Path) -> Iterator[bool]:
+    """Hold a run's lock meanwhile; False where another process has it."""
+    import filelock
+
+    lock = filelock.FileLock(place / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _print_list(chosen: "pd.DataFrame", num_all: int) -> int:
+    several = chosen["directory"].nunique() > 1
+    rows = [
+        {
+            "run": str(_place(row)) if several else row["run"],
+            "status": row["status"],
+            **{key: row[key] for key in ("norm", "batch_size", "norm_batch_size", "seed")},
+            "epochs": f"{row['epochs_done']}/{row['epochs']}" if _is_told(row["epochs_done"]) else None,
+            "test_error": row["test_error"],
+            "time": f"{row['time_s']:.0f} s" if _is_told(row["time_s"]) else None,
+            "cause": _explain(row),
+        }
+        for row in _rows(chosen)
+    ]
+    _print_table(rows)
+    counts = ", ".join(f"{count} {status}" for status, count in chosen["status"].value_counts(sort=False).items())
+    of_all = f" of {num_all}" if len(chosen) < num_all else ""
+    print(f"\n{len(chosen)}{of_all} runs: {counts}")
+    return 0
+
+
+def _explain(row: dict) -> str | None:
+    """Why a run has no result; of one that says running, whether that is so."""
+    if row["status"] == "running" and not is_trained_now(_place(row)):
+        return "no process trains it: start its sweep again"
+    return row["cause"]
+
+
+def _print_comparison(chosen: "pd.DataFrame") -> int:
+    readable = chosen[chosen["status"] != "unreadable"]
+    keys = [
+        key
+        for key in chosen
+        if not _is_number(key) and key not in NOT_CONFIG and readable[key].map(_to_text).nunique() > 1
+    ]
+    numbers = [key for key in chosen if _is_number(key) and readable[key].notna().any()]
+    _print_table([{key: row[key] for key in ("run", *keys, "status", *numbers)} for row in _rows(readable)])
+    print(f"\n{len(readable)} runs, which differ in {', '.join(keys) or 'nothing of their config'}")
+    for row in _rows(chosen[chosen["status"] == "unreadable"]):
+        _complain(row, row["cause"])
+    return int(len(readable) < len(chosen))
+
+
+def _print_commands(chosen: "pd.DataFrame") -> int:
+    left_out = 0
+    for row in _rows(chosen):
+        try:
+            print(_find_command(row))
+        except UserError as error:
+            _complain(row, f"no command for it: {error}")
+            left_out = 1
+    return left_out
+
+
+def _find_command(row: dict) -> str:
+    try:
+        return command_line(row["directory"], load_record(_place(row) / RECORD))
+    except UserError as error:
+        raise UserError(str(error).removeprefix(f"{_place(row) / RECORD}: ")) from error
+
+
+def _delete(chosen: "pd.DataFrame", yes: bool, rerun: bool) -> int:
+    """Delete what may be deleted, or say what would be. With `rerun`, standard output has the commands alone."""
+    left_out, commands = 0, []
+    for row in _rows(chosen):
+        place = _place(row)
+        try:
+            command = _find_command(row) if rerun else None
+            _require_run(place)
+            if is_trained_now(place):
+                raise UserError("a process trains it")
+            told = f"{place} ({row['status']}, {_measure(place)})"
+            if yes:
+                delete_run(place)
+            print("deleted" if yes else "would delete", told, file=sys.stderr if rerun else sys.stdout)
+            commands.append(command)
+        except UserError as error:
+            _complain(row, f"is left alone: {error}")
+            left_out = 1
+    if rerun:
+        print(*commands, sep="\n", end="\n" if commands else "")
+    if not yes:
+        print("gnbench-runs: nothing is deleted without --yes", file=sys.stderr)
+    return left_out
+
+
+def _measure(place: Path) -> str:
+    files = [path for path in place.rglob("*") if path.is_file()]
+    return f"{len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB"
+
+
+def _complain(row: dict, sentence: str) -> None:
+    print(f"gnbench-runs: {_place(row)}: {sentence}", file=sys.stderr)
+
+
+def _rows(frame: "pd.DataFrame") -> list[dict]:
+    return frame.to_dict("records")
+
+
+def _place(row: dict) -> Path:
+    return Path(row["directory"], row["run"])
+
+
+def _print_table(rows: Sequence[dict]) -> None:
+    """Columns as wide as they must be: numbers to the right, text to the left, a line a row."""
+    columns = {key: [_show(key, row[key]) for row in rows] for key in rows[0]} if rows else {}
+    lines = [[] for _ in range(len(rows) + 1)]
+    for key, cells in columns.items():
+        width = max(map(len, [key, *cells]))
+        numeric = all(isinstance(row[key], int | float) or not _is_told(row[key]) for row in rows)
+        for line, cell in zip(lines, [key, *cells], strict=True):
+            line.append(cell.rjust(width) if numeric else cell.ljust(width))
+    print("\n".join("  ".join(line).rstrip() for line in lines))
+
+
+def _show(key: str, value: object) -> str:
+    if isinstance(value, float) and _is_number(key) and _is_told(value):
+        return f"{value:.{0 if key == 'time_s' else 2}f}"
+    return _to_text(value) or "–"
+
+
+def _is_number(key: str) -> bool:
+    """Whether a column is a number that a run reports."""
+    return key in NUMBERS or key.startswith("test_error_")
+
+
+def _to_text(value: object) -> str:
+    """A value on one line; nothing for no value."""
+    if not _is_told(value):
+        return ""
+    return f"{value:.10g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def _is_told(value: object) -> bool:
+    """Whether there is a value: neither None nor NaN nor pandas' NA."""
+    return value is not None and str(value) not in ("nan", "<NA>")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _compose_words(asked: dict) -> tuple[list[str], dict]:
+    """The words of the command line for a record's config, and the config that they compose to."""
+    from omegaconf import OmegaConf
+
+    from gnbench.configs import add_source
+    from gnbench.tuning import choose_base_lr
+
+    files = {group: _choose_file(group, asked[group]) for group in GROUPS}
+    cfg = _compose(files)
+    raw = dict(_leaves(OmegaConf.to_container(cfg, resolve=False)))
+    wanted = {key: value for key, value in _leaves(asked) if _is_typed(key, value, asked)}
+    words = [f"{group}={name}" for group, name in files.items()]
+    # what refers to other keys comes after them, and then mostly needs no word of its own
+    for key in sorted(wanted, key=lambda key: ("${" in str(raw.get(key)), key.count("."))):
+        value = wanted[key]
+        is_given = _is_same(_select(cfg, key), value) if key in raw else value is None and "." not in key
+        if not is_given:
+            words.append(f"{'' if key in raw else '+'}{key}={_format_value(value)}")
+            OmegaConf.update(cfg, key, value, force_add="." in key)  # no run has more keys than Config
+    for key in raw:
+        if key not in wanted and raw[key] is not None and key.split(".")[0] in GROUPS:
+            words.append(f"~{key}")
+            node, _, leaf = key.rpartition(".")
+            OmegaConf.select(cfg, node).pop(leaf)
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    config["norm"] = add_source(config["norm"])
+    if config["tuned_from"] is not None:
+        config["base_lr"], config["tuning"] = choose_base_lr(config)
+    return words, config
+
+
+def _compose(files: dict[str, str]) -> "DictConfig":
+    """What Hydra composes of configs/config.yaml with these files of its groups."""
+    from omegaconf import OmegaConf
+
+    from gnbench.cli import Config
+    from gnbench.configs import CONFIGS
+
+    main = OmegaConf.load(CONFIGS / "config.yaml")
+    own = {key: value for key, value in main.items() if key not in ("defaults", "hydra")}
+    groups = {group: OmegaConf.load(CONFIGS / group / f"{name}.yaml") for group, name in files.items()}
+    return OmegaConf.merge(OmegaConf.structured(Config), groups, own)
+
+
+def _choose_file(group: str, node: dict) -> str:
+    """The file of a group from which the fewest keys have to be changed.
+
+    Any would do, but that Hydra cannot take away a key without a value, which a target might not know.
+    """
+    from gnbench.configs import choices
+
+    asked = dict(_leaves(node))
+
+    def count_changes(name: str) -> int:
+        raw = _read_leaves(group, name)
+        found = {key: asked.get(key) if key in asked and "${" in str(value) else value for key, value in raw.items()}
+        changes = sum(found.get(key) != asked.get(key) for key in {**asked, **found})
+        stuck = [key for key in found if key not in asked and found[key] is None]
+        return changes + NEVER * bool(stuck and found["_target_"] != asked["_target_"])
+
+    return min(choices(group), key=count_changes)
+
+
+@functools.cache  # every run asks for every file
+def _read_leaves(group: str, name: str) -> dict:
+    from omegaconf import OmegaConf
+
+    from gnbench.configs import CONFIGS
+
+    return dict(_leaves(OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"), resolve=False)))
+
+
+def _is_typed(key: str, value: object, asked: dict) -> bool:
+    """Whether a key of a record's config is one that a user sets, and not one that the run worked out."""
+    if key == "base_lr" and asked.get("tuned_from") is not None:
+        return False
+    derived = key in NOT_TYPED or key.split(".")[0] in NOT_TYPED
+    return not derived and not (key == "norm_batch_size" and value is None)
+
+
+def _is_free(key: str) -> bool:
+    """Whether a key of a config may differ between two starts of one run."""
+    return key.split(".")[0] in (*NOT_IDENTITY, "norm_batch_size")
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """("norm.eps", 1e-5) and so on."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _select(cfg: "DictConfig", key: str) -> object:
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _is_same(a: object, b: object) -> bool:
+    """Whether two values are one in a digest: 1, 1.0 and true are three."""
+    return json.dumps(a) == json.dumps(b)
+
+
+def _format_value(value: object) -> str:
+    """A value in the grammar of Hydra's command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_format_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_format_value(inner)}' for key, inner in value.items())}}}"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if PLAIN.fullmatch(value) and value.lower() not in NOT_TEXT:
+        return value
+    quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
+    return f"'{quoted}'"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
