@@ -37,23 +37,24 @@ def save_checkpoint(directory: Path, state: dict) -> None:
     write_atomic(directory / CURRENT, content + hashlib.sha256(content).digest())
 
 
-def load_checkpoint(directory: Path) -> dict | None:
-    """The newest state whose checksum holds, or None. A file that fails it is set aside as `*.corrupt` and named.
+def load_checkpoints(directory: Path) -> list[dict]:
+    """The states whose checksums hold, newest first. A file that fails it is set aside as `*.corrupt` and named.
 
     Raises:
         UserError: a file cannot be read, or not be set aside.
     """
-    damaged = False
+    states, damaged, whose = [], False, {"run": directory.name}
     for path in (directory / CURRENT, directory / PREVIOUS):
         if path.exists():
             state = _load(path)
             if state is not None:
-                return state
-            log.warning("%s does not match its checksum; it is kept as %s", path, set_aside(path).name)
+                states.append(state)
+                continue
             damaged = True
-    if damaged:
-        log.warning("%s: no checkpoint is whole; the run starts again", directory)
-    return None
+            log.warning("%s does not match its checksum; it is kept as %s", path, set_aside(path).name, extra=whose)
+    if damaged and not states:
+        log.warning("%s: no checkpoint is whole; the run starts again", directory, extra=whose)
+    return states
 
 
 def delete_checkpoints(directory: Path) -> None:

@@ -45,6 +45,7 @@ class Config(Recipe):
     tuned_from: str | None = None  # results of sweep=tune, whose best base_lr for the cell is taken
     seed: int = 0  # of the initialization, the order of images and the augmentation
     precision: str = "float32"  # float32, tf32 (on a GPU), bf16 (mixed)
+    engine: str = "auto"  # auto: what is faster, several seeds as one network too; eager: the reference, one by one
     deterministic: bool | None = None  # whether a GPU uses algorithms that give the same bits every time; a CPU does
     num_threads: Any = "auto"  # auto: 1 in a sweep, which runs one process a core; all cores for a single run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -101,6 +102,8 @@ def describe(record: dict) -> str:
 def main() -> None:
     """The `gnbench` command: exits with 2 where it was refused, 1 where a run failed, 130 or 143 on a signal."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what it would print over several lines
+    if not {"", os.getcwd()} & set(sys.path):  # `python -m gnbench` has it: a norm of one's own beside one
+        sys.path.append(os.getcwd())
     app = hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(train_one)
     with _exit_on_error():
         app()

@@ -86,9 +86,19 @@ def prepare(
 
 
 def train_batches(
-    dataset: Dataset, batch_size: int, drop_last: bool, seed: int, epoch: int, first_step: int = 0
+    dataset: Dataset,
+    batch_size: int,
+    drop_last: bool,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    chunk: int = CHUNK,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The epoch's augmented, normalized batches (B, C, H, W) and labels (B,), from its `first_step` on."""
+    """The epoch's augmented, normalized batches (B, C, H, W) and labels (B,), from its `first_step` on.
+
+    Args:
+        chunk: about how many images to augment ahead, which changes nothing but the memory and the time it takes.
+    """
     num_images = len(dataset.train)
     rng = np.random.default_rng([seed, epoch])
     order = torch.from_numpy(rng.permutation(num_images))
@@ -96,7 +106,7 @@ def train_batches(
     flips = torch.from_numpy(rng.integers(0, 2, num_images).astype(bool))
     order, shifts, flips = (tensor.to(dataset.mean.device) for tensor in (order, shifts, flips))
     end = num_images - num_images % batch_size if drop_last else num_images
-    chunk_size = max(1, CHUNK // batch_size) * batch_size
+    chunk_size = max(1, chunk // batch_size) * batch_size
     for start in range(first_step * batch_size, end, chunk_size):
         part = slice(start, min(start + chunk_size, end))
         images = dataset.train.images[order[part]]

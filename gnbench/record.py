@@ -25,9 +25,9 @@ FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: bo
 PART = ".part"  # ends the name of a file that is still being written
 CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is kept as evidence
 
-# What decides how or where a run is executed, not what is trained. `device` belongs here although it changes the last
-# bits of the numbers: a sweep begun on one machine may end on another, and the record says where each run ended.
-NOT_IDENTITY = ("results", "device", "checkpoint_s", "tuned_from", "tuning")
+# What decides how or where a run is executed, not what is trained. `device` and `engine` belong here although they
+# change the last bits of the numbers: a sweep begun in one way may end in another, and the record says how a run ended.
+NOT_IDENTITY = ("results", "device", "engine", "checkpoint_s", "tuned_from", "tuning")
 
 
 def digest(config: dict, data_fingerprint: str) -> str:

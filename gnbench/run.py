@@ -1,4 +1,4 @@
-"""A planned run from its start, or from its checkpoint, to its record: every way that it can end has a status."""
+"""Planned runs from their start, or from their checkpoints, to their records: every way to end has a status."""
 
 import contextlib
 import functools
@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -19,17 +20,19 @@ import torch
 from tqdm import tqdm
 
 import gnbench
-from gnbench.build import build_model, check_norm
-from gnbench.checkpoint import delete_checkpoints, load_checkpoint, save_checkpoint
-from gnbench.configs import partial
+from gnbench.build import build_model, check_norm, depends_on_batch
+from gnbench.checkpoint import delete_checkpoints, load_checkpoints, save_checkpoint
+from gnbench.configs import arguments, partial
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
+from gnbench.engine import keep_freed_memory, make_engine
 from gnbench.errors import UserError
+from gnbench.models import norm_and_activation
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
 from gnbench.precise_bn import layers_with_statistics
 from gnbench.record import LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
 from gnbench.torchvision_compat import import_torchvision
-from gnbench.train import Diverged, Training, summarize, train
+from gnbench.train import Engine, Training, summarize, train
 
 log = logging.getLogger(__name__)
 LOCK_WAIT_S = 3.0  # for a run's lock: a process whose launcher was killed needs a step and a checkpoint to let go of it
@@ -55,47 +58,77 @@ def check_runs(runs: list[Run]) -> None:
         if key not in checked:
             checked.add(key)
             choose_device(run.config["device"], run.config["precision"])
-            params = ", ".join(f"{k}={v}" for k, v in run.config["norm"].items() if k not in ("name", "_target_"))
+            params = ", ".join(f"{k}={v}" for k, v in arguments(run.config["norm"]).items())
             label = f"norm={run.config['norm']['name']} ({params})"
             check_norm(run.config["model"], partial(run.config["norm"]), label)
             _check_statistics(run.config["norm"])
 
 
 def _check_statistics(node: dict) -> None:
-    """Refuse a norm that keeps batch statistics without saying over how many images: it would be drawn as level."""
-    if "norm_batch_size" not in node and layers_with_statistics(partial(node)(16)):
+    """Refuse a norm of the batch that does not say over how many images: it would be drawn as level."""
+    if "norm_batch_size" in node:
+        return
+    norm = partial(node)
+    keeps = layers_with_statistics(norm_and_activation(norm, 16)[0])
+    if keeps or depends_on_batch(norm):
         raise UserError(
-            f"norm={node['name']} keeps running statistics of a batch: its file needs the line "
-            "norm_batch_size: ${norm_batch_size}, and its layer that argument"
+            f"norm={node['name']} {'keeps running statistics' if keeps else 'depends on the other images'} of a batch: "
+            "its file needs the line norm_batch_size: ${norm_batch_size}, and its layer that argument"
         )
 
 
 def execute(run: Run, progress: bool = False) -> dict:
-    """Train `run`, unless it is finished, and return its record.
+    """Train `run`, unless it is finished, and return its record: `execute_group` of one."""
+    return execute_group([run], progress)[0]
+
+
+def execute_group(runs: list[Run], progress: bool = False) -> list[dict]:
+    """Train runs that are alike but for their seeds, side by side as one network, and return their records.
 
     A finished run is left as it is; an unfinished one goes on from its checkpoint; one that another process is
-    training is left to it. The record's status is done or diverged (results), running (another process has it),
-    interrupted, or failed: `cause` says why, run.log has the traceback, and the exception is raised again.
+    training is left to it. A record's status is done or diverged (results), running (another process has it),
+    interrupted, or failed: `cause` says why and run.log has the traceback. What stops all of the runs, or the only
+    one, is raised again.
 
     Args:
         progress: show a bar, where standard error is a terminal.
     """
+    records, members = {}, []
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            if not stack.enter_context(_locked(run)):
+                log.warning("%s is being trained by another process", run.name)
+                records[run.digest] = {**_new_record(run), "cause": "another process trains it"}
+            elif run.is_finished():
+                delete_checkpoints(run.directory)  # a process that was killed as it ended may have left them
+                records[run.digest] = load_record(run.directory / RECORD)
+            else:
+                members.append(_Member(run, _new_record(run)))
+        stack.enter_context(_logging_to([member.run for member in members]))
+        for member in members:
+            _clear(member.run.directory)
+        if members:
+            _execute_locked(members, progress)
+    if len(runs) == 1 and members and members[0].error is not None:
+        raise members[0].error
+    records.update({member.run.digest: member.record for member in members})
+    return [records[run.digest] for run in runs]
+
+
+@contextlib.contextmanager
+def _locked(run: Run) -> Iterator[bool]:
+    """Hold the lock of a run's directory; False where another process does."""
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run.directory / LOCK)  # the system lets go of it when the process dies
         lock.acquire(timeout=LOCK_WAIT_S)
     except filelock.Timeout:
-        log.warning("%s is being trained by another process", run.name)
-        return {**_new_record(run), "cause": "another process trains it"}
+        yield False
+        return
     except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         raise cannot_write(run.directory / LOCK, error) from error
     try:
-        if run.is_finished():
-            delete_checkpoints(run.directory)  # a process that was killed as it ended may have left them
-            return load_record(run.directory / RECORD)
-        with _logging_to(run.directory / LOG):
-            _clear(run.directory)
-            return _execute_locked(run, progress)
+        yield True
     finally:
         lock.release()
 
@@ -156,28 +189,59 @@ def _clear(directory: Path) -> None:
         try:
             load_record(path)
         except UserError as error:
-            log.warning("%s; it is kept as %s, and the run goes on from what is left", error, set_aside(path).name)
+            kept = set_aside(path).name
+            log.warning(
+                "%s; it is kept as %s, and the run goes on from what is left",
+                error,
+                kept,
+                extra={"run": directory.name},
+            )
 
 
-def _execute_locked(run: Run, progress: bool) -> dict:
-    record = _new_record(run)
+@dataclass(eq=False)
+class _Member:
+    """A run under way: what is trained for it and what is written of it."""
+
+    run: Run
+    record: dict
+    training: Training | None = None
+    error: Exception | None = None
+
+    def save(self, **changes: object) -> None:
+        self.record.update(changes)
+        save_record(self.run.directory / RECORD, self.record)
+
+    def fail(self, error: Exception) -> None:
+        """Let the record say what went wrong; this is called while `error` is handled."""
+        self.error = error
+        log.error("%s", traceback.format_exc(), extra={"run": self.run.name})
+        with contextlib.suppress(UserError):  # a full disk may be the cause; then the record cannot say so
+            self.save(status="failed", cause=_explain(error))
+
+    def finish(self, **changes: object) -> None:
+        self.save(**changes)
+        crash_at("finished")
+        delete_checkpoints(self.run.directory)
+
+    def save_checkpoint(self, lanes: list[str]) -> None:
+        save_checkpoint(self.run.directory, {**self.training.state(), "digest": self.run.digest, "lanes": lanes})
+
+
+def _execute_locked(members: list[_Member], progress: bool) -> None:
     try:
-        return _train_recorded(run, record, progress)
-    except Diverged as error:
-        record.update(status="diverged", cause=str(error))
+        _train_recorded(members, progress)
     except Interrupted as error:
-        record.update(status="interrupted", cause=f"stopped by {error}")
-        save_record(run.directory / RECORD, record)
+        for member in _unfinished(members):
+            member.save(status="interrupted", cause=f"stopped by {error}")
         raise
     except Exception as error:
-        log.error("%s", traceback.format_exc())
-        record.update(status="failed", cause=_explain(error))
-        with contextlib.suppress(UserError):  # a full disk may be the cause; then the record cannot say so
-            save_record(run.directory / RECORD, record)
+        for member in _unfinished(members):
+            member.fail(error)
         raise
-    save_record(run.directory / RECORD, record)
-    delete_checkpoints(run.directory)
-    return record
+
+
+def _unfinished(members: list[_Member]) -> list[_Member]:
+    return [member for member in members if member.record["status"] == "running"]
 
 
 def _explain(error: Exception) -> str:
@@ -187,31 +251,55 @@ def _explain(error: Exception) -> str:
     return f"out of memory: {text}" if out_of_memory or "can't allocate memory" in text else text
 
 
-def _train_recorded(run: Run, record: dict, progress: bool) -> dict:
-    device = choose_device(run.config["device"], run.config["precision"])
-    _set_arithmetic(run.config)
-    training = make_training(run, device)
-    _restore(run, training)
-    record.update(
-        environment=_environment(run, device),
-        num_parameters=sum(parameter.numel() for parameter in training.model.parameters()),
-        history=training.progress.history,
-    )
-    save_record(run.directory / RECORD, record)
+def _train_recorded(members: list[_Member], progress: bool) -> None:
+    config = members[0].run.config
+    device = choose_device(config["device"], config["precision"])
+    _set_arithmetic(config)
+    for member in members:
+        member.training = make_training(member.run, device)
+    for digests, lanes in _line_up(members):
+        _train_lanes(digests, lanes, device, progress)
+
+
+def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.device, progress: bool) -> None:
+    """Train members that stand at the same step to their end, each in its lane of one network."""
+    members = {lane.training: lane for lane in lanes if lane is not None}
+    config = next(iter(members.values())).run.config
+    engine = make_engine([lane and lane.training for lane in lanes], config["engine"])
+
+    def attempt(training: Training, action: Callable[[], None]) -> None:
+        """What may fail for one member alone: that one is trained no further, and the others go on."""
+        try:
+            action()
+        except UserError as error:
+            engine.members.remove(training)
+            members[training].fail(error)
+
+    def start(training: Training) -> None:
+        members[training].save(
+            environment={**_environment(members[training].run, device), "engine": engine.name},
+            num_parameters=sum(parameter.numel() for parameter in training.model.parameters()),
+            history=training.progress.history,
+        )
+
+    for training in list(engine.members):
+        attempt(training, lambda training=training: start(training))
     crash_at("started")
-    with _stop_signals() as stop, _progress_bar(run, training, progress) as bar:
-        train(training, _Pause(run, training, record, stop, bar))
+    with _stop_signals() as stop, _progress_bar(members, progress) as bar:
+        pause = _Pause(digests, members, engine, attempt, stop, bar)
+        train(engine, pause, lambda training, error: members[training].finish(status="diverged", cause=str(error)))
     crash_at("trained")
-    record.update(status="done", result=summarize(training))
-    save_record(run.directory / RECORD, record)
-    crash_at("finished")
-    delete_checkpoints(run.directory)
-    return record
+    for training in list(engine.members):
+        attempt(
+            training,
+            lambda training=training: members[training].finish(status="done", result=summarize(training)),
+        )
 
 
 def _set_arithmetic(config: dict) -> None:
-    """Threads, matrix products and the choice of algorithms, for the whole process."""
+    """Threads, memory, matrix products and the choice of algorithms, for the whole process."""
     torch.set_num_threads(config["num_threads"])
+    keep_freed_memory()
     torch.set_float32_matmul_precision("high" if config["precision"] == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = config["precision"] == "tf32"
     deterministic = bool(config.get("deterministic"))
@@ -220,15 +308,59 @@ def _set_arithmetic(config: dict) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def _restore(run: Run, training: Training) -> None:
-    """Bring a fresh training to where its newest whole checkpoint was taken, if there is one."""
-    state = load_checkpoint(run.directory)
-    if state is None:
-        return
-    if state.get("digest", run.digest) != run.digest:
-        raise UserError(f"the checkpoint in {run.directory} belongs to another run, {state['digest'][:12]}; remove it")
-    training.restore(state)
-    log.info("goes on from step %d of %d", training.progress.step, training.total_steps)
+def _line_up(members: list[_Member]) -> list[tuple[list[str], list[_Member | None]]]:
+    """Bring fresh members to where they go on, and say which of them do so together, in which lanes of which network.
+
+    A checkpoint names the lanes of its network by their digests, so that a member finds its own again, and with it
+    every bit of its arithmetic, whoever else is there. A kill between the checkpoints of two members leaves one of
+    them ahead; its previous checkpoint, or its beginning, is where they stood together.
+    """
+    states = {}
+    for member in members:
+        try:
+            states[member] = _load_states(member.run)
+        except UserError as error:
+            member.fail(error)
+    members = list(states)
+    named = {digest for own in states.values() for state in own for digest in state["lanes"]}
+    fresh = [member.run.digest for member in members if member.run.digest not in named]
+    together: dict[tuple, list[_Member]] = {}
+    for member in members:
+        key = next((s["lanes"] for own in states.values() for s in own if member.run.digest in s["lanes"]), fresh)
+        together.setdefault(tuple(key), []).append(member)
+    line_ups = []
+    for digests, own in together.items():
+        common = set.intersection(*(_steps(states[member]) for member in own))
+        for member in own:
+            _restore(member, states[member], max(common) if common else max(_steps(states[member])))
+        for step in sorted({member.training.progress.step for member in own}):
+            at_step = {member.run.digest: member for member in own if member.training.progress.step == step}
+            line_ups.append((list(digests), [at_step.get(digest) for digest in digests]))
+    return line_ups
+
+
+def _load_states(run: Run) -> list[dict]:
+    """The states of a run's whole checkpoints, newest first."""
+    states = load_checkpoints(run.directory)
+    for state in states:
+        if state["digest"] != run.digest:
+            raise UserError(
+                f"the checkpoint in {run.directory} belongs to another run, {state['digest'][:12]}; remove it"
+            )
+    return states
+
+
+def _steps(states: list[dict]) -> set[int]:
+    """Where a run can go on: with fewer than two checkpoints also at its beginning."""
+    return {state["progress"]["step"] for state in states} | ({0} if len(states) < 2 else set())
+
+
+def _restore(member: _Member, states: list[dict], step: int) -> None:
+    for state in states:
+        if state["progress"]["step"] == step:
+            member.training.restore(state)
+            log.info("goes on from step %d of %d", step, member.training.total_steps, extra={"run": member.run.name})
+            return
 
 
 def make_training(run: Run, device: torch.device) -> Training:
@@ -241,34 +373,54 @@ def make_training(run: Run, device: torch.device) -> Training:
 
 
 class _Pause:
-    """What happens between two steps: the record follows the epochs, a checkpoint the clock, and signals are heard."""
+    """What happens between two steps: records follow the epochs, checkpoints the clock, and signals are heard."""
 
-    def __init__(self, run: Run, training: Training, record: dict, stop: list[int], bar: tqdm) -> None:
-        self.run, self.training, self.record, self.stop, self.bar = run, training, record, stop, bar
+    def __init__(
+        self,
+        digests: list[str],
+        members: dict[Training, _Member],
+        engine: Engine,
+        attempt: Callable[[Training, Callable[[], None]], None],
+        stop: list[int],
+        bar: tqdm,
+    ) -> None:
+        self.digests, self.members, self.engine, self.attempt = digests, members, engine, attempt
+        self.stop, self.bar = stop, bar
         self.saved_s = time.monotonic()
-        self.epochs = len(training.progress.history)
+        training, member = next(iter(members.items()))
+        self.num_epochs = len(training.progress.history)
+        self.checkpoint_s = member.run.config["checkpoint_s"]
 
     def __call__(self) -> None:
-        progress = self.training.progress
+        progress = self.engine.members[0].progress
         self.bar.update(progress.step - self.bar.n)
         crash_at("step")
-        if len(progress.history) > self.epochs:
-            self.epochs = len(progress.history)
-            self._show(progress.history[-1])
-            crash_at("epoch")
-            save_record(self.run.directory / RECORD, self.record)
-            crash_at("recorded")
-        if self.stop or time.monotonic() - self.saved_s >= self.run.config["checkpoint_s"]:
-            save_checkpoint(self.run.directory, {**self.training.state(), "digest": self.run.digest})
+        if len(progress.history) > self.num_epochs:
+            self.num_epochs = len(progress.history)
+            self._for_each(self._end_epoch)
+        if self.stop or time.monotonic() - self.saved_s >= self.checkpoint_s:
+            self._for_each(lambda training: self.members[training].save_checkpoint(self.digests))
             self.saved_s = time.monotonic()
         if self.stop:
             raise Interrupted(self.stop[0])
 
-    def _show(self, row: dict) -> None:
+    def _for_each(self, action: Callable[[Training], None]) -> None:
+        for training in list(self.engine.members):
+            self.attempt(training, lambda training=training: action(training))
+
+    def _end_epoch(self, training: Training) -> None:
+        self._show(training)
+        crash_at("epoch")
+        self.members[training].save()
+        crash_at("recorded")
+
+    def _show(self, training: Training) -> None:
+        row = training.progress.history[-1]
         test_error = "" if row["test_error"] is None else f", test error {row['test_error']:.2f} %"
         log.info(
             "epoch %d: training loss %.4f, training error %.2f %%%s, %.1f s",
             row["epoch"], row["train_loss"], row["train_error"], test_error, row["time_s"],
+            extra={"run": self.members[training].run.name},
         )  # fmt: skip
         self.bar.set_postfix_str(f"train {row['train_error']:.1f} %{test_error.replace(', test error', ', test')}")
 
@@ -280,12 +432,14 @@ def _dataset(node_json: str, device: torch.device) -> Dataset:
     return prepare(load_images(node), device, **split)
 
 
-def _progress_bar(run: Run, training: Training, progress: bool) -> tqdm:
+def _progress_bar(members: dict[Training, _Member], progress: bool) -> tqdm:
     tqdm.set_lock(threading.RLock())  # the default is a semaphore that a killed process leaves behind
+    training, config = next((training, member.run.config) for training, member in members.items())
+    seeds = ",".join(str(member.run.config["seed"]) for member in members.values())
     return tqdm(
         total=training.total_steps,
         initial=training.progress.step,
-        desc=f"{run.config['norm']['name']} bs{run.config['batch_size']} s{run.config['seed']}",
+        desc=f"{config['norm']['name']} bs{config['batch_size']} s{seeds}",
         unit="step",
         disable=None if progress else True,  # None: shown on a terminal only
         leave=False,
@@ -325,20 +479,25 @@ class _LogFile(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Log to `path`; warnings, of what was found damaged, are shown on standard error as well."""
-    file, console = _LogFile(path, encoding="utf-8", delay=True), logging.StreamHandler()
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+def _logging_to(runs: list[Run]) -> Iterator[None]:
+    """Log to each run's file what concerns it or all; warnings, of what was found damaged, to standard error too."""
+    console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("gnbench: %(message)s"))
     console.addFilter(lambda record: record.levelno == logging.WARNING)
+    handlers = [console]
+    for run in runs:
+        file = _LogFile(run.directory / LOG, encoding="utf-8", delay=True)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.addFilter(lambda record, name=run.name: getattr(record, "run", name) == name)
+        handlers.append(file)
     logger = logging.getLogger("gnbench")
     logger.setLevel(logging.INFO)
-    for handler in (file, console):
+    for handler in handlers:
         logger.addHandler(handler)
     try:
         yield
     finally:
-        for handler in (file, console):
+        for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
 

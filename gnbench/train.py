@@ -6,14 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.data import Dataset, train_batches
+from gnbench.data import CHUNK, Dataset, train_batches
 from gnbench.evaluate import error_by_statistics, evaluate, response_percentiles
-from gnbench.precise_bn import layers_with_statistics
 from gnbench.recipe import Recipe
 
 RESPONSE = "response"  # a model's module of this name has the percentiles of its output recorded
@@ -36,7 +35,7 @@ class Progress:
     history: list[dict] = field(default_factory=list)  # a row an epoch
 
 
-@dataclass
+@dataclass(eq=False)
 class Training:
     """A model in training on a data set, by a recipe; `train` moves it forward."""
 
@@ -51,6 +50,11 @@ class Training:
         self.optimizer = make_optimizer(self.model, self.recipe)
         self.total_steps = self.recipe.total_steps(len(self.dataset.train))
         self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.dataset.train))
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return self.recipe.learning_rate(self.progress.step, len(self.dataset.train))
 
     def state(self) -> dict:
         """Tensors and plain values from which `restore` continues bit for bit, between any two steps."""
@@ -83,73 +87,94 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=recipe.base_lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
 
 
-def train(training: Training, pause: Callable[[], None]) -> None:
-    """Train to the end of the recipe, from wherever `training` is.
+class Engine(Protocol):
+    """What moves one or several trainings forward by a step: gnbench.engine."""
 
-    `pause` is called between any two steps and after the last, whenever the state is whole: there the caller saves
-    it, shows it, or raises to stop. An epoch's row has joined the history by the pause after its last step.
+    members: list[Training]  # at the same step, alike but for their seeds; one that diverges or fails is taken out
+
+    def set_train_mode(self, frozen: bool) -> None: ...
+
+    def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]: ...
+
+
+def train(engine: Engine, pause: Callable[[], None], drop: Callable[[Training, Diverged], None] | None = None) -> None:
+    """Train the engine's members to the end of their recipe, from wherever they are.
+
+    Args:
+        pause: called between any two steps and after the last, whenever the state is whole: there the caller saves
+            it, shows it, or raises to stop. An epoch's row has joined the history by the pause after its last step.
+        drop: told of a member whose loss is not finite, which is then trained no further; None raises instead.
 
     Raises:
-        Diverged: the training loss is not finite.
+        Diverged: a training loss is not finite, and there is no `drop`.
     """
-    progress, dataset, recipe = training.progress, training.dataset, training.recipe
-    while progress.step < training.total_steps:
-        epoch, first_step = divmod(progress.step, training.steps_per_epoch)
-        epoch_end = min((epoch + 1) * training.steps_per_epoch, training.total_steps)
-        batches = train_batches(dataset, recipe.batch_size, recipe.drop_last, training.seed, epoch, first_step)
-        progress.loss_sum = torch.as_tensor(progress.loss_sum, dtype=torch.float64, device=dataset.mean.device)
-        progress.num_errors = torch.as_tensor(progress.num_errors, device=dataset.mean.device)
-        _set_train_mode(training, epoch)
-        while progress.step < epoch_end:
-            started = time.perf_counter()
-            images, labels = next(batches)
-            loss, errors = train_step(training, images, labels)
-            progress.loss_sum += loss.double() * len(labels)
-            progress.num_errors += errors
-            progress.num_images += len(labels)
-            progress.step += 1
-            progress.time_s += time.perf_counter() - started
-            at_end = progress.step == epoch_end
-            if at_end or progress.step % STEPS_PER_CHECK == 0:
-                check_loss(progress, epoch + 1)
-            if at_end:
+    while engine.members and engine.members[0].progress.step < engine.members[0].total_steps:
+        _train_epoch(engine, pause, drop)
+
+
+def _train_epoch(engine: Engine, pause: Callable[[], None], drop: Callable[[Training, Diverged], None] | None) -> None:
+    """Train to the end of the epoch under way."""
+    members, lead = engine.members, engine.members[0]
+    recipe, dataset, step = lead.recipe, lead.dataset, lead.progress.step
+    epoch, first_step = divmod(step, lead.steps_per_epoch)
+    epoch_end = min((epoch + 1) * lead.steps_per_epoch, lead.total_steps)
+    chunk = CHUNK // len(members)  # of images augmented ahead, in all
+    batches = {
+        training.seed: train_batches(
+            dataset, recipe.batch_size, recipe.drop_last, training.seed, epoch, first_step, chunk
+        )
+        for training in members
+    }
+    loss_sums, num_errors = _gather_sums(members)
+    engine.set_train_mode(frozen=epoch >= _num_epochs(lead) - recipe.frozen_epochs)
+    while step < epoch_end and members:
+        if len(loss_sums) != len(members):  # one has left
+            loss_sums, num_errors = _gather_sums(members)
+        started = time.perf_counter()
+        batch = [next(batches[training.seed]) for training in members]
+        losses, errors = engine.step(batch)
+        num_images = len(batch[0][1])
+        loss_sums += losses.double() * num_images
+        num_errors += errors
+        step += 1
+        share_s = (time.perf_counter() - started) / len(members)
+        for training in members:
+            training.progress.step = step
+            training.progress.num_images += num_images
+            training.progress.time_s += share_s
+        if step == epoch_end or step % STEPS_PER_CHECK == 0:
+            _drop_diverged(members, epoch + 1, drop)
+        if step == epoch_end:
+            for training in members:
                 _end_epoch(training, epoch + 1)
+        if members:
             pause()
 
 
-def _set_train_mode(training: Training, epoch: int) -> None:
-    """Training mode, but for running statistics that are frozen in the last epochs: those are used as they are."""
-    training.model.train()
-    if epoch >= _num_epochs(training) - training.recipe.frozen_epochs:
-        for layer in layers_with_statistics(training.model):
-            layer.eval()
+def _gather_sums(members: list[Training]) -> tuple[Tensor, Tensor]:
+    """The members' sums of losses and errors, (members,) each, of which the progress of each holds its own element."""
+    device = members[0].dataset.mean.device
+    loss_sums = torch.tensor([float(t.progress.loss_sum) for t in members], dtype=torch.float64, device=device)
+    num_errors = torch.tensor([int(t.progress.num_errors) for t in members], dtype=torch.int64, device=device)
+    for training, loss_sum, errors in zip(members, loss_sums, num_errors, strict=True):
+        training.progress.loss_sum, training.progress.num_errors = loss_sum, errors
+    return loss_sums, num_errors
+
+
+def _drop_diverged(members: list[Training], epoch: int, drop: Callable[[Training, Diverged], None] | None) -> None:
+    """Take the members whose sum of losses is not finite out of the training."""
+    for training in [each for each in members if not math.isfinite(each.progress.loss_sum)]:
+        step = training.progress.step
+        error = Diverged(f"the training loss is not finite by step {step} (epoch {epoch})")
+        if drop is None:
+            raise error
+        members.remove(training)
+        drop(training, error)
 
 
 def _num_epochs(training: Training) -> int:
     """Epochs that the training enters: `max_steps` may end it early."""
     return math.ceil(training.total_steps / training.steps_per_epoch)
-
-
-def check_loss(progress: Progress, epoch: int) -> None:
-    """Raise Diverged where the sum of the epoch's losses is not finite."""
-    if not math.isfinite(progress.loss_sum):
-        raise Diverged(f"the training loss is not finite by step {progress.step} (epoch {epoch})")
-
-
-def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One update; returns the batch's mean loss and its number of errors, both still on the device."""
-    recipe, optimizer = training.recipe, training.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate(training.progress.step, len(training.dataset.train))
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-        logits = training.model(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-    optimizer.zero_grad()
-    loss.backward()
-    if recipe.clip_grad_norm is not None:
-        nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_grad_norm)
-    optimizer.step()
-    return loss.detach(), (logits.detach().argmax(1) != labels).sum()
 
 
 def summarize(training: Training) -> dict:
@@ -190,7 +215,7 @@ def _end_epoch(training: Training, epoch: int) -> None:
         {
             "epoch": epoch,
             "step": progress.step,
-            "lr": training.optimizer.param_groups[0]["lr"],
+            "lr": recipe.learning_rate(progress.step - 1, len(training.dataset.train)),
             "train_loss": float(progress.loss_sum) / progress.num_images,
             "train_error": 100 * int(progress.num_errors) / progress.num_images,
             **_measure(training, tested),

@@ -49,7 +49,7 @@ def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
         ("batch_size=abc", "batch_size=abc is not legal: Value 'abc' of type 'str' could not be converted to Integer"),
         ("epochs=-1", "epochs=-1 is not legal: epochs is 1 or more"),
         ("batchsize=2", "batchsize is not a key; did you mean batch_size?"),
-        ("norm=foo", "norm=foo is not known: it is one of bn, brn, gn, in, "),
+        ("norm=foo", "norm=foo is not known: it is one of batch_group, bcn, "),
         ("model=foo", "model=foo is not known: it is one of resnet110,"),
         ("data=foo", "data=foo is not known: it is one of cifar10, cifar100, image_folder, tiny, toy"),
         ("sweep=foo", "sweep=foo is not known: it is one of batch_renorm, batch_size,"),
@@ -85,8 +85,9 @@ def test_a_grid_runs_each_cell_once_and_then_nothing(gnbench, tmp_path):
     assert (first.returncode, first.stderr) == (0, "")
     lines = first.stdout.splitlines()
     assert lines[0] == "6 runs (8 cells; some are one and the same run): 0 finished, 6 to do"
-    assert [line.split("]")[0] for line in lines[1:]] == [f"[{n}/6" for n in range(1, 7)]
-    assert "5 left, about " in lines[1]
+    assert lines[1].startswith("up to 2 processes side by side; 6 runs of small batches go 2 seeds as one network")
+    assert [line.split("]")[0] for line in lines[2:]] == [f"[{n}/6" for n in range(1, 7)]
+    assert "5 left, about " in lines[2]
     assert "all in " in lines[-1]
     assert len(records(tmp_path / "out")) == 6
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/record.json")}
@@ -166,7 +167,7 @@ def test_a_killed_sweep_takes_its_processes_with_it_and_resumes(gnbench, tmp_pat
     wait_for(lambda: all(_is_free(lock) for lock in locks))
     assert gnbench(*words).returncode == 0
     assert [record["status"] for record in records(tmp_path / "out")] == ["done"] * 3
-    assert gnbench(*words, "results=whole", "hydra/launcher=basic").returncode == 0
+    assert gnbench(*words, "results=whole").returncode == 0
     losses = [[[row["train_loss"] for row in r["history"]] for r in records(tmp_path / d)] for d in ("out", "whole")]
     assert losses[0] == losses[1]
 
@@ -213,7 +214,7 @@ def test_help_and_analysis_do_not_wait_for_torch():
 def test_help_lists_choices_keys_and_commands(gnbench):
     shown = gnbench("--help")
     assert shown.returncode == 0
-    for words in ("norm: bn, brn, gn, in, ", "gnbench sweep=batch_size", "batch_size: 128", "gnbench-report"):
+    for words in ("norm: batch_group, bcn, ", "gnbench sweep=batch_size", "batch_size: 128", "gnbench-report"):
         assert words in shown.stdout
 
 

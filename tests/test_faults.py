@@ -20,7 +20,7 @@ from filelock import FileLock
 from test_cli import TINY, records, start, wait_for
 
 from gnbench import run as run_module
-from gnbench.checkpoint import CURRENT, PREVIOUS, load_checkpoint, save_checkpoint
+from gnbench.checkpoint import CURRENT, PREVIOUS, load_checkpoints, save_checkpoint
 from gnbench.errors import UserError
 from gnbench.record import CORRUPT, LOG, RECORD, load_record, save_record
 from gnbench.run import Interrupted, execute
@@ -62,13 +62,13 @@ def stop_at(monkeypatch, step: int) -> None:
     """Let the next run be interrupted, with a checkpoint, after `step` updates."""
     train = run_module.train
 
-    def train_and_stop(training, pause):
+    def train_and_stop(engine, pause, drop):
         def stop_and_pause():
-            if training.progress.step == step:
+            if engine.members[0].progress.step == step:
                 pause.stop.append(signal.SIGTERM)
             pause()
 
-        train(training, stop_and_pause)
+        train(engine, stop_and_pause, drop)
 
     monkeypatch.setattr(run_module, "train", train_and_stop)
 
@@ -99,7 +99,7 @@ def test_a_kill_costs_no_more_than_the_steps_since_the_last_checkpoint(tmp_path,
     whole, _ = wholes["bn"]
     run = replace(whole, directory=tmp_path / whole.name, config={**whole.config, "checkpoint_s": 1e-9})
     assert crashes.execute(run, {"GNBENCH_CRASH_AT": "step:7"}) == KILLED
-    assert load_checkpoint(run.directory)["progress"]["step"] == 6
+    assert load_checkpoints(run.directory)[0]["progress"]["step"] == 6
 
 
 @pytest.mark.parametrize("place", ["finished:1", "record.json.renamed:4"])
@@ -140,7 +140,7 @@ def test_no_damaged_checkpoint_is_accepted(tmp_path, cut, times):
     for _ in range(times):
         damaged = damage(newest, rng, cut)
         (tmp_path / CURRENT).write_bytes(damaged)
-        assert load_checkpoint(tmp_path)["step"] == 1
+        assert load_checkpoints(tmp_path)[0]["step"] == 1
         evidence = tmp_path / f"{CURRENT}{CORRUPT}"
         assert evidence.read_bytes() == damaged
         evidence.unlink()
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, wholes):
 def test_evidence_is_not_overwritten_by_later_evidence(tmp_path):
     for text in (b"one", b"two"):
         (tmp_path / CURRENT).write_bytes(text)
-        assert load_checkpoint(tmp_path) is None
+        assert load_checkpoints(tmp_path) == []
     assert {path.read_bytes() for path in tmp_path.glob(f"*{CORRUPT}*")} == {b"one", b"two"}
 
 
@@ -227,7 +227,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_the_run_goes_on_when_there_i
     for path in small_disk.rglob(RECORD):
         assert load_record(path)["status"] in ("running", "failed")
     if left == 1_000_000:
-        assert load_checkpoint(run.directory)["progress"]["step"] >= 1
+        assert load_checkpoints(run.directory)[0]["progress"]["step"] >= 1
     filler.unlink()
     execute(run)
     assert outcome(run) == expected
@@ -244,7 +244,7 @@ def test_a_full_disk_does_not_touch_the_checkpoint_that_is_there(small_disk, who
     with pytest.raises(UserError, match="No space left"):
         execute(run)
     filler.unlink()
-    assert load_checkpoint(run.directory)["progress"]["step"] == 7
+    assert load_checkpoints(run.directory)[0]["progress"]["step"] == 7
     execute(run)
     assert outcome(run) == expected
 

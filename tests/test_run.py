@@ -8,7 +8,7 @@ from conftest import tiny_config
 from filelock import FileLock
 
 from gnbench import run as run_module
-from gnbench.checkpoint import CURRENT, PREVIOUS, load_checkpoint, save_checkpoint
+from gnbench.checkpoint import CURRENT, PREVIOUS, load_checkpoints, save_checkpoint
 from gnbench.errors import UserError
 from gnbench.plan import Run, plan_run
 from gnbench.record import load_record, save_record
@@ -57,19 +57,19 @@ def test_a_run_stopped_by_a_signal_goes_on_where_it_was(tmp_path, monkeypatch, n
     run = plan(tmp_path / "cut", f"norm={norm}")
     train = run_module.train
 
-    def train_until_step_7(training, pause):
+    def train_until_step_7(engine, pause, drop):
         def stop_and_pause():
-            if training.progress.step == 7:
+            if engine.members[0].progress.step == 7:
                 pause.stop.append(15)
             pause()
 
-        train(training, stop_and_pause)
+        train(engine, stop_and_pause, drop)
 
     monkeypatch.setattr(run_module, "train", train_until_step_7)
     with pytest.raises(run_module.Interrupted):
         execute(run)
     assert load_record(run.directory / "record.json")["status"] == "interrupted"
-    assert load_checkpoint(run.directory)["progress"]["step"] == 7
+    assert load_checkpoints(run.directory)[0]["progress"]["step"] == 7
     monkeypatch.setattr(run_module, "train", train)
     record = execute(run)
     record["config"]["results"] = whole["config"]["results"]
@@ -132,16 +132,16 @@ def test_a_record_of_another_config_does_not_count(tmp_path):
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, caplog):
     save_checkpoint(tmp_path, {"step": 1, "weights": torch.arange(9.0)})
     save_checkpoint(tmp_path, {"step": 2, "weights": torch.arange(9.0)})
-    assert load_checkpoint(tmp_path)["step"] == 2
+    assert load_checkpoints(tmp_path)[0]["step"] == 2
     damaged = bytearray((tmp_path / CURRENT).read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / CURRENT).write_bytes(damaged)
     with caplog.at_level(logging.WARNING):
-        assert load_checkpoint(tmp_path)["step"] == 1
+        assert load_checkpoints(tmp_path)[0]["step"] == 1
     assert "does not match its checksum" in caplog.text
     assert (tmp_path / "checkpoint.pt.corrupt").read_bytes() == damaged
     (tmp_path / PREVIOUS).write_bytes(b"short")
-    assert load_checkpoint(tmp_path) is None
+    assert load_checkpoints(tmp_path) == []
 
 
 def test_identity_knows_which_norm_uses_the_normalization_batch(tmp_path):

@@ -12,11 +12,12 @@ from tiny_data import load_tiny
 from torch import nn
 
 import gnbench
-from gnbench.checkpoint import load_checkpoint, save_checkpoint
+from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.data import prepare, train_batches
+from gnbench.engine import Eager
 from gnbench.evaluate import evaluate, response_percentiles
 from gnbench.recipe import Recipe
-from gnbench.train import Diverged, Training, make_optimizer, summarize, train, train_step
+from gnbench.train import Diverged, Training, make_optimizer, summarize, train
 
 SHORT = {"batch_size": 8, "epochs": 2, "base_batch_size": 8, "precise_images": 32}
 
@@ -28,7 +29,7 @@ def make_training(norm: str = "bn", val_size: int = 0, seed: int = 0, **recipe: 
 
 
 def finish(training: Training) -> Training:
-    train(training, pause=lambda: None)
+    train(Eager(training), pause=lambda: None)
     return training
 
 
@@ -67,12 +68,12 @@ def test_three_steps_are_those_of_a_naive_loop(recipe):
     training = make_training("gn", **recipe)
     model = copy.deepcopy(training.model).double()
     training.model.double()
-    recipe = training.recipe
+    recipe, engine = training.recipe, Eager(training)
     velocity = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
     batches = list(train_batches(training.dataset, 8, drop_last=True, seed=0, epoch=0))[:3]
     for step, (images, labels) in enumerate(batches):
         images = images.double()
-        train_step(training, images, labels)
+        engine.step([(images, labels)])
         training.progress.step += 1
         log_p = model(images).log_softmax(1)
         target = F.one_hot(labels, 3).double() * (1 - recipe.label_smoothing) + recipe.label_smoothing / 3
@@ -140,12 +141,12 @@ def test_a_training_cut_at_any_step_goes_on_bit_for_bit(tmp_path, norm, cut):
             raise Cut
 
     with pytest.raises(Cut):
-        train(first, pause)
+        train(Eager(first), pause)
     second = make_training(norm, seed=0)
     with torch.no_grad():
         for parameter in second.model.parameters():
             parameter.zero_()
-    second.restore(load_checkpoint(tmp_path))
+    second.restore(load_checkpoints(tmp_path)[0])
     finish(second)
     assert_same(weights(second), weights(whole))
     assert without_times(second.progress.history) == without_times(whole.progress.history)
@@ -210,7 +211,7 @@ def test_frozen_epochs_keep_running_statistics_and_normalize_with_them():
     def pause() -> None:
         seen[training.progress.step] = training.model.norm1.running_mean.clone()
 
-    train(training, pause)
+    train(Eager(training), pause)
     assert not torch.equal(seen[1], seen[11])
     for step in range(12, 25):
         assert torch.equal(seen[step], seen[12])

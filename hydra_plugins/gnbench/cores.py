@@ -1,7 +1,8 @@
-"""Hydra's launcher for one machine: each run in a process of its own, as many side by side as there are cores.
+"""Hydra's launcher for one machine: runs in processes of their own, as many side by side as there are cores.
 
-A process that is killed loses its own run only, which is tried once more; one without progress is ended, if a time
-for that is set; when the launcher dies, its processes write their checkpoints and stop.
+A process trains one run, or several seeds of one cell as one network where that is faster. One that is killed loses its
+own runs only, which are tried once more; one without progress is ended, if a time for that is set; when the launcher
+dies, its processes write their checkpoints and stop.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -25,6 +25,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from gnbench.errors import UserError
+from gnbench.record import RECORD, load_record
 
 TRIES = 2  # of a run whose process dies without a word
 MOST_ON_A_GPU = 8  # processes; each holds a context of some 500 MB
@@ -34,7 +35,9 @@ LOOKS = 10  # at a run's directory in the time that it may stand still
 
 @dataclass
 class CoresConf:
-    """`num_processes`: runs side by side; null is one for each core that this process may use.
+    """`num_processes`: processes side by side; null is one for each core that this process may use.
+
+    `seeds_per_process`: at most so many seeds of a cell are trained as one network; null is what is faster, 1 is none.
 
     `stall_s`: seconds after which a run whose directory has not changed is killed and counts as failed; null waits
     for ever. A run writes at each epoch's end and every `checkpoint_s`, so it is to be longer than that and a test.
@@ -42,6 +45,7 @@ class CoresConf:
 
     _target_: str = "hydra_plugins.gnbench.cores.Cores"
     num_processes: int | None = None
+    seeds_per_process: int | None = None
     stall_s: float | None = None
 
 
@@ -50,31 +54,44 @@ ConfigStore.instance().store(group="hydra/launcher", name="cores", node=CoresCon
 
 @dataclass
 class Job:
-    """One run: its place in the grid, what was typed for it, its share of the work and where it writes."""
+    """What one process does: runs that are alike but for their seeds, mostly a single one, by their places in the grid.
 
-    index: int
-    overrides: list[str]
-    cost: float
-    directory: Path | None
+    `runs` is None where the sweeper has not planned them; then there is one, and Hydra is to compose its config.
+    """
+
+    indices: list[int]
+    overrides: list[list[str]]
+    runs: list[Any] | None
     tries: int = 0
     stalled: bool = False
+
+    @property
+    def cost(self) -> float:
+        return sum(run.cost for run in self.runs) if self.runs else 1.0
+
+    def split(self) -> list["Job"]:
+        """A job for each of its runs."""
+        return [Job([i], [o], [r]) for i, o, r in zip(self.indices, self.overrides, self.runs, strict=True)]
 
 
 @dataclass
 class Child:
-    """A job under way in its process, and when its directory was last seen to change."""
+    """A job under way in its process, and when its directories were last seen to change."""
 
     job: Job
     process: Any
-    trace: list | None
+    trace: list
     moved_s: float
 
 
 class Cores(Launcher):
-    """Runs side by side, one process each. `runs`, where a sweeper sets it, are the planned runs of the jobs."""
+    """Runs side by side in processes. `runs`, where a sweeper sets it, are the planned runs of the jobs."""
 
-    def __init__(self, num_processes: int | None, stall_s: float | None = None) -> None:
+    def __init__(
+        self, num_processes: int | None, seeds_per_process: int | None = None, stall_s: float | None = None
+    ) -> None:
         self.num_processes = num_processes
+        self.seeds_per_process = seeds_per_process
         self.stall_s = stall_s
         self.runs: list[Any] | None = None
 
@@ -84,16 +101,24 @@ class Cores(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        self._check_stall()
-        runs = self.runs or [None] * len(job_overrides)
-        jobs = [
-            Job(initial_job_idx + i, list(overrides), run.cost if run else 1.0, run.directory if run else None)
-            for i, (overrides, run) in enumerate(zip(job_overrides, runs, strict=True))
-        ]
-        returns = _Pool(self._context(), self._num_processes(), self.stall_s, self._payload()).run(jobs)
-        return [returns[job.index] for job in jobs]
+        self._check()
+        overrides = [list(each) for each in job_overrides]
+        if self.runs is None:
+            jobs = [Job([index], [each], None) for index, each in enumerate(overrides)]
+        else:
+            groups = self._group(self.runs)
+            jobs = [Job(group, [overrides[i] for i in group], [self.runs[i] for i in group]) for group in groups]
+            print(self._describe(jobs), flush=True)
+        returns = _Pool(self._context(), self._num_processes(), self.stall_s, initial_job_idx, self._payload()).run(
+            jobs
+        )
+        return [returns[index] for index in range(len(overrides))]
 
-    def _check_stall(self) -> None:
+    def _check(self) -> None:
+        for key in ("num_processes", "seeds_per_process"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"hydra.launcher.{key}={value} is not legal: it is 1 or more, or null")
         if self.stall_s is None:
             return
         if self.runs is None:
@@ -102,13 +127,38 @@ class Cores(Launcher):
         if self.stall_s <= least:
             raise UserError(f"hydra.launcher.stall_s={self.stall_s:g} is not legal: it is above checkpoint_s={least:g}")
 
-    def _num_processes(self) -> int:
+    def _group(self, runs: list[Any]) -> list[list[int]]:
+        """The places of the runs of each process: the seeds of a cell together, where that is worth it."""
+        from gnbench.engine import most_lanes, share_out
+
+        cells: dict[str, list[int]] = {}
+        for index, run in enumerate(runs):
+            cells.setdefault(repr({k: v for k, v in run.config.items() if k != "seed"}), []).append(index)
+        fill = -(-len(runs) // self._num_processes())  # more in one process would leave others without work
+        groups = []
+        for cell in cells.values():
+            most = min(fill, most_lanes(runs[cell[0]].config, self._on_gpu(), self.seeds_per_process))
+            sizes = share_out(len(cell), most)
+            groups += [cell[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+        return groups
+
+    def _describe(self, jobs: list[Job]) -> str:
+        together = [len(job.indices) for job in jobs if len(job.indices) > 1]
+        text = f"up to {self._num_processes()} processes side by side"
+        if not together:
+            return f"{text}, a run each"
+        return f"{text}; {sum(together)} runs of small batches go {max(together)} seeds as one network, which is faster"
+
+    def _on_gpu(self) -> bool:
         import torch
 
+        on_cpu = self.runs is not None and all(run.config["device"] == "cpu" for run in self.runs)
+        return torch.cuda.is_available() and not on_cpu
+
+    def _num_processes(self) -> int:
         from gnbench.plan import num_cores
 
-        on_cpu = self.runs is not None and all(run.config["device"] == "cpu" for run in self.runs)
-        most = MOST_ON_A_GPU if torch.cuda.is_available() and not on_cpu else num_cores()
+        most = MOST_ON_A_GPU if self._on_gpu() else num_cores()
         return self.num_processes or min(num_cores(), most)
 
     def _context(self) -> Any:
@@ -123,27 +173,30 @@ class Cores(Launcher):
 
 
 class _Pool:
-    """Starts jobs as processes come free, and prints a line as each of them ends."""
+    """Starts jobs as processes come free, and prints a line as each of their runs ends."""
 
-    def __init__(self, context: Any, num_processes: int, stall_s: float | None, payload: tuple) -> None:
-        self.context, self.num_processes, self.stall_s, self.payload = context, num_processes, stall_s, payload
+    def __init__(
+        self, context: Any, num_processes: int, stall_s: float | None, first_index: int, payload: tuple
+    ) -> None:
+        self.context, self.num_processes, self.stall_s = context, num_processes, stall_s
+        self.first_index, self.payload = first_index, payload
         self.running: dict[Connection, Child] = {}
         self.returns: dict[int, JobReturn] = {}
 
     def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
-        self.num_jobs, self.started_s, self.cost_left = len(jobs), time.monotonic(), sum(job.cost for job in jobs)
+        self.num_runs = sum(len(job.indices) for job in jobs)
+        self.started_s, self.cost_left = time.monotonic(), sum(job.cost for job in jobs)
         self.cost_all = self.cost_left
-        waiting = sorted(jobs, key=lambda job: -job.cost)  # long runs first, so that the cores end together
+        waiting = sorted(jobs, key=lambda job: -job.cost)  # long ones first, so that the cores end together
         try:
             while waiting or self.running:
                 while waiting and len(self.running) < self.num_processes:
                     self._start(waiting.pop(0))
                 for connection in wait(list(self.running), timeout=self.stall_s and self.stall_s / LOOKS):
-                    job, returned = self._collect(connection)
-                    if returned is None:
-                        waiting.insert(0, job)
-                    else:
-                        self._finish(job, returned)
+                    again, ended = self._collect(connection)
+                    waiting = again + waiting
+                    for index, returned in ended:
+                        self._finish(index, returned)
                 self._kill_stalled()
         finally:
             self._stop()
@@ -152,57 +205,72 @@ class _Pool:
     def _start(self, job: Job) -> None:
         job.tries += 1
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_run_child, args=(theirs, job.index, job.overrides, *self.payload))
+        if job.runs is None:
+            arguments = (theirs, self.first_index + job.indices[0], job.overrides[0], *self.payload)
+            process = self.context.Process(target=_compose_and_train, args=arguments)
+        else:
+            process = self.context.Process(target=_train_planned, args=(theirs, job.runs))
         process.start()
         theirs.close()
-        self.running[ours] = Child(job, process, _trace(job.directory), time.monotonic())
+        self.running[ours] = Child(job, process, _trace(job), time.monotonic())
 
-    def _collect(self, connection: Connection) -> tuple[Job, JobReturn | None]:
-        """What a process said before it ended; None where it died without a word and may try again."""
+    def _collect(self, connection: Connection) -> tuple[list[Job], list[tuple[int, JobReturn]]]:
+        """The jobs that are to be tried after what this process said before it ended, and the ends of its runs."""
         child = self.running.pop(connection)
         job = child.job
         try:
-            status, value = connection.recv()
+            said = connection.recv()  # (status, value) of each run, or why they all failed
         except (EOFError, OSError):
-            status, value = JobStatus.FAILED, None
+            said = None
         connection.close()
         child.process.join()
-        if value is None and job.stalled:
-            value = RuntimeError(f"no progress for {self.stall_s:g} s, so its process was killed")
         end = f"process ended with {_exit_word(child.process.exitcode)}"
-        if value is None and job.tries < TRIES:
+        if job.stalled:
+            said = f"no progress for {self.stall_s:g} s, so its process was killed"
+        elif said is None and job.tries < TRIES:
             print(f"a run's {end}; trying it once more", flush=True)
-            return job, None
-        returned = JobReturn(overrides=job.overrides, status=status)
-        returned.return_value = value or RuntimeError(f"its {end}, {TRIES} times")
-        return job, returned
+            return [job], []
+        elif said is None:
+            said = f"its {end}, {TRIES} times"
+        if isinstance(said, str) and len(job.indices) > 1:
+            print(f"{len(job.indices)} seeds as one network failed ({said}); trying them one by one", flush=True)
+            return job.split(), []
+        if isinstance(said, str):
+            said = [_end_of(run, said) for run in job.runs or [None]]
+        self.cost_left -= job.cost
+        returns = [
+            JobReturn(overrides=overrides, status=status)
+            for overrides, (status, _) in zip(job.overrides, said, strict=True)
+        ]
+        for returned, (_, value) in zip(returns, said, strict=True):
+            returned.return_value = value
+        return [], list(zip(job.indices, returns, strict=True))
 
     def _kill_stalled(self) -> None:
         """End the processes whose runs have written nothing for `stall_s`."""
         now = time.monotonic()
         for child in self.running.values() if self.stall_s else ():
-            trace = _trace(child.job.directory)
+            trace = _trace(child.job)
             if trace != child.trace:
                 child.trace, child.moved_s = trace, now
             elif now - child.moved_s > self.stall_s:
                 child.job.stalled = True
                 child.process.kill()
 
-    def _finish(self, job: Job, returned: JobReturn) -> None:
+    def _finish(self, index: int, returned: JobReturn) -> None:
         from gnbench.cli import describe
 
-        self.returns[job.index] = returned
-        self.cost_left -= job.cost
-        failed = sum(each.status == JobStatus.FAILED for each in self.returns.values())
+        self.returns[index] = returned
         elapsed_s = time.monotonic() - self.started_s
         left_s = elapsed_s * self.cost_left / max(self.cost_all - self.cost_left, 1e-9)
+        failed = sum(each.status == JobStatus.FAILED for each in self.returns.values())
         if returned.status == JobStatus.FAILED:
-            line = f"{' '.join(job.overrides)}: failed, {returned._return_value}"
+            line = f"{' '.join(returned.overrides)}: failed, {returned._return_value}"
         else:
             line = describe(returned.return_value)
-        left = self.num_jobs - len(self.returns)
+        left = self.num_runs - len(self.returns)
         print(
-            f"[{len(self.returns)}/{self.num_jobs}] {line}" + (f" | {failed} failed" if failed else "")
+            f"[{len(self.returns)}/{self.num_runs}] {line}" + (f" | {failed} failed" if failed else "")
             + (f" | {left} left, about {_duration(left_s)}" if left else f" | all in {_duration(elapsed_s)}"),
             flush=True,
         )  # fmt: skip
@@ -217,7 +285,37 @@ class _Pool:
             child.process.kill()
 
 
-def _run_child(
+def _train_planned(connection: Connection, runs: list[Any]) -> None:
+    """In a process of their own: train runs that the sweeper has planned, and say how each went.
+
+    Where several fail by one error, that error alone is said: they are to be tried one by one.
+    """
+    from gnbench.run import Interrupted, execute_group
+
+    threading.Thread(target=_stop_with_launcher, args=(connection,), daemon=True).start()
+    try:
+        said = [_end(record["status"] != "failed", record, record["cause"]) for record in execute_group(runs)]
+    except (KeyboardInterrupt, Interrupted) as error:  # the launcher is to hear of it
+        said = [_end_of(run, f"{type(error).__name__}: {error}") for run in runs]
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        said = cause if len(runs) > 1 else [_end_of(runs[0], cause)]
+    _send(connection, said)
+
+
+def _end_of(run: Any, cause: str) -> tuple[JobStatus, Any]:
+    """How a run ended whose process failed by `cause`: it may have finished before."""
+    finished = run is not None and run.is_finished()
+    return _end(finished, load_record(run.directory / RECORD) if finished else None, cause)
+
+
+def _end(completed: bool, record: dict | None, cause: str | None) -> tuple[JobStatus, Any]:
+    if completed:
+        return JobStatus.COMPLETED, record
+    return JobStatus.FAILED, RuntimeError(cause)  # plain, so that it can be sent
+
+
+def _compose_and_train(
     connection: Connection,
     index: int,
     overrides: list[str],
@@ -225,7 +323,7 @@ def _run_child(
     config: DictConfig,
     task_function: TaskFunction,
 ) -> None:
-    """In the run's own process: do what Hydra's launchers do for a job, and say how it went."""
+    """In a process of its own: do what Hydra's launchers do for a job, and say how it went."""
     threading.Thread(target=_stop_with_launcher, args=(connection,), daemon=True).start()
     setup_globals()
     Plugins.instance()  # its search registers Hydra's own configs
@@ -240,9 +338,13 @@ def _run_child(
     )
     value = returned._return_value
     if returned.status == JobStatus.FAILED:
-        value = RuntimeError(f"{type(value).__name__}: {value}")  # plain, so that it can be sent
+        value = RuntimeError(f"{type(value).__name__}: {value}")
+    _send(connection, [(returned.status, value)])
+
+
+def _send(connection: Connection, ends: list[tuple[JobStatus, Any]]) -> None:
     with contextlib.suppress(BrokenPipeError):  # nobody listens to a process whose launcher is gone
-        connection.send((returned.status, value))
+        connection.send(ends)
 
 
 def _stop_with_launcher(connection: Connection) -> None:
@@ -254,11 +356,13 @@ def _stop_with_launcher(connection: Connection) -> None:
     os._exit(1)  # a step that hangs does not hear the signal, and would keep the run's lock for ever
 
 
-def _trace(directory: Path | None) -> list | None:
-    """What changes when a run moves: its record and its log at an epoch's end, its checkpoint by the clock."""
-    with contextlib.suppress(OSError):  # not there yet, or a file was renamed meanwhile
-        return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(directory))
-    return None
+def _trace(job: Job) -> list:
+    """What changes when its runs move: their records and logs at an epoch's end, their checkpoints by the clock."""
+    trace = []
+    for run in job.runs or ():
+        with contextlib.suppress(OSError):  # not there yet, or a file was renamed meanwhile
+            trace += sorted((entry.path, entry.stat().st_mtime_ns) for entry in os.scandir(run.directory))
+    return trace
 
 
 def _exit_word(code: int | None) -> str:

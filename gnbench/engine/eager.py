@@ -1,0 +1,61 @@
+"""The reference: a training by itself, one kernel after the other."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gnbench.precise_bn import layers_with_statistics
+from gnbench.train import Training
+
+
+class Eager:
+    """One training, by torch's own kernels as they come.
+
+    Args:
+        channels_last: keep weights and activations as (N, H, W, C) in memory, which most CPU kernels prefer; the
+            mathematics is the same, the rounding is not.
+    """
+
+    def __init__(self, training: Training, channels_last: bool = False) -> None:
+        self.name = "channels_last" if channels_last else "eager"
+        self.members = [training]
+        if channels_last:
+            training.model.to(memory_format=torch.channels_last)
+
+    def set_train_mode(self, frozen: bool) -> None:
+        """Training mode; with `frozen`, running statistics are used as they are."""
+        set_train_mode(self.members[0].model, frozen)
+
+    def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One update by images (B, C, H, W), labels (B,); mean loss and number of errors, (1,) each, on the device."""
+        training = self.members[0]
+        recipe, optimizer, ((images, labels),) = training.recipe, training.optimizer, batches
+        set_learning_rate(optimizer, training.learning_rate)
+        logits = forward(training.model, images, training.precision)
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        if recipe.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_grad_norm)
+        optimizer.step()
+        return loss.detach()[None], (logits.detach().argmax(1) != labels).sum()[None]
+
+
+def set_train_mode(model: nn.Module, frozen: bool) -> None:
+    """Training mode, but for layers with running statistics where `frozen` says that those stay as they are."""
+    model.train()
+    for layer in layers_with_statistics(model) if frozen else ():
+        layer.eval()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next update, for every parameter."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def forward(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """Logits, in the precision of the loss: under bf16 the model computes in mixed precision, the loss in float32."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(images)
+    return logits.float() if precision == "bf16" else logits

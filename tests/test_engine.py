@@ -1,0 +1,325 @@
+"""Every way to execute a step beside the reference, and several seeds as one network beside one by one."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+from crashes import CONTEXT, KILLED, outcome
+from scipy import stats
+from test_cli import records
+from test_train import finish, make_training, without_times
+from torch import nn
+
+import gnbench
+from gnbench.checkpoint import load_checkpoints
+from gnbench.configs import choices
+from gnbench.data import train_batches
+from gnbench.engine import Eager, Fused, make_engine, most_lanes, share_out
+from gnbench.errors import UserError
+from gnbench.plan import Run, plan_run
+from gnbench.record import RECORD, load_record
+from gnbench.run import execute, execute_group
+from gnbench.train import Diverged, Training, summarize, train
+
+SEEDS = (3, 4, 5)
+NORMS = sorted(set(choices("norm")) - {"custom"})
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}  # of what 20 steps change, relative to its largest part
+
+
+def trainings(dtype: torch.dtype = torch.float32, norm: str = "bn", model: str = "resnet8", **recipe) -> list[Training]:
+    made = []
+    for seed in SEEDS:
+        training = make_training(norm, seed=seed, **{"epochs": 30, **recipe})
+        training.model = gnbench.model(model, norm=norm, num_classes=3, seed=seed)
+        made.append(Training(training.model.to(dtype), training.dataset, training.recipe, seed))
+    return made
+
+
+def step(engine, num_steps: int, dtype: torch.dtype = torch.float32, size: int = 16) -> list[float]:
+    """Step the members of `engine` by batches that belong to their seeds; returns their last losses."""
+    losses, members = None, engine.members
+    batch_size = members[0].recipe.batch_size
+    batches = [[] for _ in members]
+    for own, training in zip(batches, members, strict=True):
+        epoch = 0
+        while len(own) < num_steps:
+            own += train_batches(training.dataset, batch_size, drop_last=True, seed=training.seed, epoch=epoch)
+            epoch += 1
+    engine.set_train_mode(frozen=False)
+    for number in range(num_steps):
+        images = [F.interpolate(own[number][0].to(dtype), size=(size, size)) for own in batches]
+        losses, _ = engine.step([(x, own[number][1]) for x, own in zip(images, batches, strict=True)])
+        for training in members:
+            training.progress.step += 1
+    return losses.tolist()
+
+
+def state(training: Training) -> dict[str, torch.Tensor]:
+    momenta = {name: training.optimizer.state[p]["momentum_buffer"] for name, p in training.model.named_parameters()}
+    return {**training.model.state_dict(), **{f"momentum of {name}": value for name, value in momenta.items()}}
+
+
+def assert_close(ours: Training, reference: Training, start: dict, tolerance: float) -> None:
+    """Compare two trainings by what they have changed since `start`: weights that hardly move prove nothing."""
+    for key, value in state(reference).items():
+        before = start.get(key, torch.zeros_like(value))
+        scale = (value - before).abs().max().clamp_min(1e-3)
+        assert (state(ours)[key] - value).abs().max() <= tolerance * scale, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_seeds_as_one_network_step_as_they_do_alone(norm, dtype):
+    recipe = {
+        "label_smoothing": 0.1,
+        "nesterov": True,
+        "norm_weight_decay": False,
+        "weight_decay": 0.01,
+        "base_lr": 0.02,
+    }
+    alone, together = trainings(dtype, norm, **recipe), trainings(dtype, norm, **recipe)
+    start = [{key: value.clone() for key, value in training.model.state_dict().items()} for training in alone]
+    one, two, three = together
+    losses = step(Fused([one, None, two, three]), 20, dtype)  # with an empty lane among them
+    for training, other, before, loss in zip(alone, together, start, losses, strict=True):
+        (expected,) = step(Eager(training), 20, dtype)
+        assert loss == pytest.approx(expected, rel=TOLERANCE[dtype])
+        assert_close(other, training, before, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", ["bn", "gn", "brn"])
+def test_another_memory_format_steps_alike(norm, dtype):
+    alone, other = trainings(dtype, norm)[0], trainings(dtype, norm)[0]
+    start = {key: value.clone() for key, value in alone.model.state_dict().items()}
+    assert step(Eager(other, channels_last=True), 20, dtype) == pytest.approx(
+        step(Eager(alone), 20, dtype), rel=TOLERANCE[dtype]
+    )
+    assert_close(other, alone, start, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("model", ["resnet20", "resnet18", "resnet50", "vgg16"])
+def test_every_kind_of_model_is_taken_apart_by_lanes(model):
+    alone, together = trainings(torch.float64, "gn", model), trainings(torch.float64, "gn", model)
+    start = [{key: value.clone() for key, value in training.model.state_dict().items()} for training in alone]
+    step(Fused(together), 2, torch.float64, size=32)
+    for training, other, before in zip(alone, together, start, strict=True):
+        step(Eager(training), 2, torch.float64, size=32)
+        assert_close(other, training, before, 1e-8)
+
+
+def test_only_what_has_no_other_way_is_computed_lane_by_lane():
+    def per_lane(norm: str) -> set[str]:
+        kinds = {type(module).__name__: module for module in Fused(trainings(norm=norm)).network.modules()}
+        return {type(m).__name__ for m in kinds["_PerLane"].lanes.values()} if "_PerLane" in kinds else set()
+
+    for norm in ("bn", "brn", "gn", "ln", "in", "none"):
+        assert per_lane(norm) == set()
+    assert per_lane("switchable") == {"SwitchableNorm"}
+
+
+def test_a_group_has_the_history_and_the_summary_of_its_members_alone():
+    alone = [finish(make_training("gn", seed=seed)) for seed in SEEDS]
+    together = [make_training("gn", seed=seed) for seed in SEEDS]
+    train(Fused(together), pause=lambda: None)
+    for one, other in zip(alone, together, strict=True):
+        for row, expected in zip(
+            without_times(other.progress.history), without_times(one.progress.history), strict=True
+        ):
+            measured = [key for key, value in expected.items() if value is not None]
+            assert [row[key] for key in measured] == pytest.approx([expected[key] for key in measured], 1e-3, 1e-3)
+        assert summarize(other)["test_error"] == pytest.approx(summarize(one)["test_error"], abs=1e-3)
+
+
+def test_a_lane_does_not_notice_who_is_in_the_others():
+    full, lonely = trainings(), trainings()
+    losses = step(Fused(full), 5)
+    assert step(Fused([None, lonely[1], None]), 5) == losses[1:2]
+    for key, value in state(full[1]).items():
+        assert torch.equal(value, state(lonely[1])[key]), key
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn", "switchable"])
+def test_a_diverged_member_leaves_the_others_their_bits(norm):
+    calm, troubled = trainings(norm=norm, epochs=2), trainings(norm=norm, epochs=2)
+    with torch.no_grad():
+        next(troubled[1].model.parameters()).fill_(torch.nan)
+    dropped = []
+    train(Fused(calm), pause=lambda: None)
+    train(Fused(troubled), pause=lambda: None, drop=lambda training, error: dropped.append((training, str(error))))
+    assert dropped == [(troubled[1], "the training loss is not finite by step 12 (epoch 1)")]
+    assert len(troubled[1].progress.history) == 0
+    for lane in (0, 2):
+        assert without_times(troubled[lane].progress.history) == without_times(calm[lane].progress.history)
+    broken = trainings(norm=norm)
+    with torch.no_grad():
+        next(broken[0].model.parameters()).fill_(torch.nan)
+    engine = Fused(broken)
+    with pytest.raises(Diverged):
+        train(engine, pause=lambda: None)
+
+
+def test_which_engine_auto_takes():
+    config = tiny_config("norm=bn", "batch_size=8")
+    assert most_lanes(config, on_gpu=False) == 8
+    assert most_lanes({**config, "batch_size": 32}, on_gpu=False) == 1
+    assert most_lanes({**config, "batch_size": 32}, on_gpu=False, asked=4) == 4
+    assert most_lanes({**config, "engine": "eager"}, on_gpu=False, asked=4) == 1
+    assert most_lanes({**config, "clip_grad_norm": 1.0}, on_gpu=False) == 1
+    stranger = {**config["norm"], "_target_": "mine.Norm"}
+    assert most_lanes({**config, "norm": stranger}, on_gpu=False) == 1
+    assert most_lanes({**config, "norm": {**config["norm"], "weight": stranger}}, on_gpu=False) == 1
+    assert [share_out(*sizes) for sizes in ((3, 8), (9, 8), (10, 3), (2, 1))] == [[3], [5, 4], [3, 3, 2, 2], [1, 1]]
+    (training, *_) = trainings()
+    assert make_engine([training], "eager").name == "eager"
+    assert make_engine([training], "auto").name == "channels_last"
+    assert make_engine(trainings(), "auto").name == "3 seeds as one network, channels_last"
+    weight = training.model.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# As runs
+
+
+def plan(results: Path, *words: str) -> list[Run]:
+    """Three seeds of one cell, 24 steps each."""
+    return [plan_run(tiny_config(f"results={results}", f"seed={seed}", *words), 1) for seed in SEEDS]
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory) -> list[Run]:
+    """A group that nothing disturbed."""
+    runs = plan(tmp_path_factory.mktemp("wholes"))
+    assert [record["status"] for record in execute_group(runs)] == ["done"] * 3
+    return runs
+
+
+def elsewhere(runs: list[Run], directory: Path, **changes) -> list[Run]:
+    return [replace(run, directory=directory / run.name, config={**run.config, **changes}) for run in runs]
+
+
+def execute_in_process(runs: list[Run], environment: dict) -> int:
+    process = CONTEXT.Process(target=_execute, args=(runs, environment))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _execute(runs: list[Run], environment: dict) -> None:
+    os.environ.update(environment)
+    execute_group(runs)
+
+
+def test_each_seed_of_a_group_has_its_own_record(wholes, tmp_path):
+    for run in wholes:
+        record = load_record(run.directory / RECORD)
+        assert record["config"]["seed"] == run.config["seed"]
+        assert record["environment"]["engine"] == "3 seeds as one network, channels_last"
+        assert len(record["history"]) == 2
+        assert sorted(path.name for path in run.directory.iterdir()) == [".lock", "record.json", "run.log"]
+        assert (run.directory / "run.log").read_text().count(" epoch ") == 2
+    alone = execute(plan(tmp_path, "engine=eager")[0])
+    assert alone["digest"] == wholes[0].digest, "the engine is not part of what a run is"
+    grouped = load_record(wholes[0].directory / RECORD)
+    assert [row["train_loss"] for row in grouped["history"]] == pytest.approx(
+        [row["train_loss"] for row in alone["history"]], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "step:7",
+        "checkpoint.pt.written:1",  # the first member's first checkpoint, before the others have any
+        "checkpoint.pt.renamed:2",
+        "checkpoint.pt.renamed:13",  # one member ahead of the two others
+        "rotated:7",
+        "record.json.written:5",
+        "epoch:2",
+        "finished:1",  # one member done, the others not
+        "finished:2",
+        "record.json.written:11",
+    ],
+)
+def test_a_killed_group_ends_like_one_never_killed(wholes, tmp_path, place):
+    runs = elsewhere(wholes, tmp_path, checkpoint_s=1e-9)
+    assert execute_in_process(runs, {"GNBENCH_CRASH_AT": place}) == KILLED
+    execute_group(runs)
+    for run, whole in zip(runs, wholes, strict=True):
+        assert outcome(run) == outcome(whole)
+
+
+def test_a_member_goes_on_alone_with_the_same_bits(wholes, tmp_path):
+    runs = elsewhere(wholes, tmp_path, checkpoint_s=1e-9)
+    assert execute_in_process(runs, {"GNBENCH_CRASH_AT": "step:9"}) == KILLED
+    for run, whole in zip(reversed(runs), reversed(wholes), strict=True):
+        execute(run)
+        assert outcome(run) == outcome(whole)
+
+
+def test_a_damaged_checkpoint_costs_that_member_its_lead_only(wholes, tmp_path):
+    runs = elsewhere(wholes, tmp_path, checkpoint_s=1e-9)
+    assert execute_in_process(runs, {"GNBENCH_CRASH_AT": "step:9"}) == KILLED
+    for path in runs[1].directory.glob("checkpoint*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert load_checkpoints(runs[0].directory)[0]["progress"]["step"] == 8
+    execute_group(runs)
+    for run, whole in zip(runs, wholes, strict=True):
+        ours, expected = outcome(run)[0], outcome(whole)[0]
+        assert ours == expected
+    assert "goes on from step 8" in (runs[0].directory / "run.log").read_text()
+    assert "goes on" not in (runs[1].directory / "run.log").read_text()
+
+
+def test_a_member_that_cannot_write_fails_alone(wholes, tmp_path):
+    runs = elsewhere(wholes, tmp_path)
+    (runs[1].directory / RECORD).mkdir(parents=True)  # where its record would be
+    kept = execute_group(runs)
+    assert [record["status"] for record in kept] == ["done", "failed", "done"]
+    assert kept[1]["cause"].startswith("UserError: cannot write ")
+    for place in (0, 2):
+        assert outcome(runs[place]) == outcome(wholes[place])
+    with pytest.raises(UserError, match="cannot write"):
+        execute(runs[1])
+
+
+def test_a_network_that_dies_twice_is_tried_seed_by_seed(gnbench, tmp_path):
+    words = ("-m", "data=tiny", "model=resnet8", "norm=gn", "batch_size=8", "epochs=1", "seed=0,1,2,3", "results=out")
+    died = gnbench(*words, "checkpoint_s=1e-9", env={"GNBENCH_CRASH_AT": "step:5"})
+    assert died.returncode == 0, died.stderr
+    assert died.stdout.count("process ended with signal SIGKILL; trying it once more") >= 2
+    assert died.stdout.count("2 seeds as one network failed") == 2
+    assert [record["status"] for record in records(tmp_path / "out")] == ["done"] * 4
+    assert gnbench(*words, "results=whole").returncode == 0
+    losses = [[row["train_loss"] for r in records(tmp_path / d) for row in r["history"]] for d in ("out", "whole")]
+    assert losses[0] == losses[1]
+
+
+def test_both_engines_err_alike(tmp_path):
+    """Ten seeds by each: the differences are those of rounding, and lean to neither side."""
+
+    def errors(engine: str) -> list[float]:
+        words = ("norm=bn", f"engine={engine}", "epochs=4", "batch_size=4", f"results={tmp_path / engine}")
+        runs = [plan_run(tiny_config(*words, f"seed={seed}"), 1) for seed in range(10)]
+        kept = execute_group(runs) if engine == "auto" else [execute(run) for run in runs]
+        return [record["result"]["final_test_error"] for record in kept]
+
+    eager, auto = errors("eager"), errors("auto")
+    assert stats.ks_2samp(eager, auto).pvalue > 0.1
+    differences = [one - other for one, other in zip(eager, auto, strict=True)]
+    assert not any(differences) or stats.ttest_1samp(differences, 0).pvalue > 0.05
+
+
+def test_a_fused_network_is_made_of_shared_memory():
+    together = trainings()
+    engine = Fused(together)
+    fused = engine.network.conv1.weight
+    assert isinstance(fused, nn.Parameter)
+    with torch.no_grad():
+        fused[16:32] = 7.0
+    assert (together[1].model.conv1.weight == 7).all()
+    assert (together[0].model.conv1.weight != 7).all()
