@@ -343,6 +343,7 @@ def _load_states(run: Run) -> list[dict]:
     """The states of a run's whole checkpoints, newest first."""
     states = load_checkpoints(run.directory)
     for state in states:
+        state.setdefault("lanes", [run.digest])
         if state["digest"] != run.digest:
             raise UserError(
                 f"the checkpoint in {run.directory} belongs to another run, {state['digest'][:12]}; remove it"
