@@ -115,8 +115,9 @@ def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:  # a sweep's launcher, or a run before its first step
-        print("gnbench: stopped by SIGINT", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        print("gnbench: stopped by SIGINT", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)  # sys.exit's status is lost where the interrupt met an exec(), of a dataclass say
     except Exception as error:
         if os.environ.get("GNBENCH_TRACEBACK") == "1":
             raise

@@ -1,0 +1,347 @@
+"""gnbench's throughput beside the common loop's, in interleaved rounds of one run, with the machine's own limit.
+
+Three ways to train the same ResNet on the same random images are timed in turn, over the whole machine:
+
+- common: the loop of kuangliu/pytorch-cifar and torchvision's references: DataLoader with workers, per-image
+  transforms, eager, NCHW, one training at a time with all threads;
+- eager: images and augmentation resident (gnbench engine=eager), one training at a time with all threads;
+- gnbench: what a sweep does by default: a process a core, the seeds of a cell as one network where batches are small.
+
+A round times each of them for `--seconds`; the order turns from round to round. Ratios are of the same round.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+
+import gnbench
+from gnbench.data import Dataset, Split, train_batches
+from gnbench.engine import keep_freed_memory, make_engine, most_lanes
+from gnbench.plan import num_cores
+from gnbench.recipe import Recipe
+from gnbench.torchvision_compat import import_torchvision
+from gnbench.train import Training
+
+WAYS = ("common", "eager", "gnbench")
+NUM_IMAGES = 10_000
+SEEDS = 8  # of a cell: what a sweep may train as one network
+MATRIX = 1024  # rows and columns of the matrix product that stands for the machine's limit
+STEP_FLOP = {"resnet8": 75e6, "resnet20": 246e6}  # of a training step an image: 3 x 2 x multiply-adds forward
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the comparison."""
+
+    norm: str
+    batch_size: int
+    norm_batch_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.norm} {self.batch_size}" + (f" NBS {self.norm_batch_size}" if self.norm_batch_size else "")
+
+    def model(self, name: str, seed: int = 0) -> torch.nn.Module:
+        params = {"norm_batch_size": self.norm_batch_size} if self.norm_batch_size else {}
+        return gnbench.model(name, norm=gnbench.norm(self.norm, **params), seed=seed)
+
+
+CELLS = [Cell(norm, batch) for batch in (2, 8, 32, 128) for norm in ("bn", "gn", "ln", "in")]
+CELLS += [Cell("bn", 128, size) for size in (2, 8, 32)]
+
+
+class RandomImages(torch.utils.data.Dataset):
+    """Images as torchvision's CIFAR10 gives them, with the transforms of every CIFAR script."""
+
+    def __init__(self) -> None:
+        transforms = import_torchvision().transforms
+        self.images, self.labels = random_images()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def random_images() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (NUM_IMAGES, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, NUM_IMAGES)
+
+
+def common_loop(cell: Cell, model_name: str, device: str):
+    """Yield after every step the number of images it trained."""
+    torch.set_num_threads(num_cores())
+    net = cell.model(model_name).to(device)
+    loader = torch.utils.data.DataLoader(
+        RandomImages(), batch_size=cell.batch_size, shuffle=True, num_workers=2, pin_memory=device != "cpu"
+    )
+    criterion = torch.nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    net.train()
+    train_loss, correct, total = 0.0, 0, 0
+    while True:
+        for inputs, targets in loader:
+            inputs, targets = inputs.to(device), targets.to(device)
+            optimizer.zero_grad()
+            outputs = net(inputs)
+            loss = criterion(outputs, targets)
+            loss.backward()
+            optimizer.step()
+            train_loss += loss.item()
+            _, predicted = outputs.max(1)
+            total += targets.size(0)
+            correct += predicted.eq(targets).sum().item()
+            yield len(targets)
+
+
+def gnbench_loop(cell: Cell, model_name: str, device: str, engine: str, num_lanes: int, num_threads: int):
+    """The same by gnbench's own engine, data and step."""
+    torch.set_num_threads(num_threads)
+    keep_freed_memory()
+    dataset = resident(device)
+    recipe = Recipe(batch_size=cell.batch_size)
+    members = [Training(cell.model(model_name, seed).to(device), dataset, recipe, seed) for seed in range(num_lanes)]
+    engine = make_engine(members, engine)
+    engine.set_train_mode(frozen=False)
+    loss_sums = torch.zeros(num_lanes, dtype=torch.float64, device=device)
+    epoch = 0
+    while True:
+        chunk = 2048 // num_lanes
+        epochs = [train_batches(dataset, cell.batch_size, True, m.seed, epoch, chunk=chunk) for m in members]
+        for batch in zip(*epochs, strict=True):
+            losses, _ = engine.step(list(batch))
+            loss_sums += losses.double()
+            yield num_lanes * cell.batch_size
+        epoch += 1
+
+
+def resident(device: str) -> Dataset:
+    images, labels = random_images()
+    split = Split(
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device), torch.from_numpy(labels).to(device)
+    )
+    mean, std = torch.full((3, 1, 1), 127.5, device=device), torch.full((3, 1, 1), 73.6, device=device)
+    return Dataset(split, split, split, 10, mean, std, "crop_flip")
+
+
+def matrix_products(threads: int):
+    """Yield the floating-point operations of each matrix product."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
+    while True:
+        a @ b
+        yield 2 * MATRIX**3
+
+
+def serve(connection, make) -> None:
+    """In a process: build a loop, report how long its first step took, then count for so many seconds when told."""
+    started = time.perf_counter()
+    loop = make()
+    next(loop)
+    first_step_s = time.perf_counter() - started
+    next(loop)
+    connection.send(first_step_s)
+    while (seconds := connection.recv()) is not None:
+        count, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            count += next(loop)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        connection.send((count / (time.perf_counter() - started), peak))
+
+
+class Workers:
+    """Processes that do the same side by side; their rates add up to the machine's."""
+
+    def __init__(self, number: int, make) -> None:
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        self.pipes, self.processes = [], []
+        for _ in range(number):
+            ours, theirs = context.Pipe()
+            self.processes.append(context.Process(target=serve, args=(theirs, make)))
+            self.processes[-1].start()
+            self.pipes.append(ours)
+        self.first_step_s = max(pipe.recv() for pipe in self.pipes)
+        self.peak_mb = 0.0
+
+    def measure(self, seconds: float) -> float:
+        for pipe in self.pipes:
+            pipe.send(seconds)
+        rates, peaks = zip(*(pipe.recv() for pipe in self.pipes), strict=True)
+        self.peak_mb = max(self.peak_mb, sum(peaks))
+        return sum(rates)
+
+    def stop(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(5)
+            process.kill()
+
+
+def measure(cell: Cell, options: argparse.Namespace) -> dict:
+    """The rates of all ways in interleaved rounds, beside the machine's matrix products in the same rounds."""
+    on_gpu = options.device != "cpu"
+    config = {"norm": {"_target_": "gnbench."}, "model": {"_target_": "gnbench."}, "engine": "auto"}
+    lanes = min(SEEDS, most_lanes({**config, "batch_size": cell.batch_size, "clip_grad_norm": None}, on_gpu))
+    cores, name, device = num_cores(), options.model, options.device
+    makers = {
+        "common": (1, partial(common_loop, cell, name, device)),
+        "eager": (1, partial(gnbench_loop, cell, name, device, "eager", 1, cores)),
+        "gnbench": (cores, partial(gnbench_loop, cell, name, device, "auto", lanes, 1)),
+        "matrix": (cores, partial(matrix_products, 1)),
+    }
+    workers = {way: Workers(number, make) for way, (number, make) in makers.items()}
+    rates: dict[str, list[float]] = {way: [] for way in makers}
+    try:
+        for number in range(options.rounds):
+            turn = list(makers)[number % len(makers) :] + list(makers)[: number % len(makers)]
+            for way in turn:
+                rates[way].append(workers[way].measure(options.seconds))
+    finally:
+        for each in workers.values():
+            each.stop()
+    return {
+        "cell": cell.name,
+        "seeds_as_one_network": lanes,
+        "images_per_s": {way: rates[way] for way in WAYS},
+        "matrix_flop_per_s": rates["matrix"],
+        "first_step_s": {way: workers[way].first_step_s for way in WAYS},
+        "peak_memory_mb": {way: workers[way].peak_mb for way in WAYS},
+    }
+
+
+def summarize(result: dict, model: str) -> dict:
+    """Medians over the rounds, and the least and largest ratio of a round."""
+    rates = result["images_per_s"]
+    ratios = {
+        way: [ours / theirs for ours, theirs in zip(rates["gnbench"], rates[way], strict=True)]
+        for way in ("common", "eager")
+    }
+    of_limit = [
+        rate * STEP_FLOP[model] / limit
+        for rate, limit in zip(rates["gnbench"], result["matrix_flop_per_s"], strict=True)
+    ]
+    return {
+        "cell": result["cell"],
+        **{way: statistics.median(rates[way]) for way in WAYS},
+        "ratio": statistics.median(ratios["common"]),
+        "least": min(ratios["common"]),
+        "most": max(ratios["common"]),
+        "over_eager": statistics.median(ratios["eager"]),
+        "of_limit": statistics.median(of_limit),
+        "memory_mb": result["peak_memory_mb"]["gnbench"],
+        "first_step_s": result["first_step_s"]["gnbench"],
+    }
+
+
+def write_table(rows: list[dict], head: str, path: Path) -> None:
+    lines = [
+        head, "",
+        "| norm, batch size | common loop | eager, resident | gnbench | over common (range) | over eager "
+        "| of the limit | memory MiB | first step s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        lines.append(
+            f"| {r['cell']} | {r['common']:.0f} | {r['eager']:.0f} | {r['gnbench']:.0f} "
+            f"| {r['ratio']:.2f}× ({r['least']:.2f}–{r['most']:.2f}) | {r['over_eager']:.2f}× "
+            f"| {100 * r['of_limit']:.0f} % | {r['memory_mb']:.0f} | {r['first_step_s']:.1f} |"
+        )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def draw(rows: list[dict], limit: float, title: str, path: Path) -> None:
+    """Images a second of each way by cell, and the rate at which the arithmetic alone would be done."""
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    styles = {"common": ("#bbbbbb", ""), "eager": ("#7aa6c2", "//"), "gnbench": ("#1b4f72", "")}
+    names = {"common": "common loop", "eager": "images resident, eager", "gnbench": "gnbench"}
+    for place, way in enumerate(WAYS):
+        colour, hatch = styles[way]
+        x = np.arange(len(rows)) + 0.27 * (place - 1)
+        axes.bar(x, [r[way] for r in rows], 0.26, color=colour, hatch=hatch, edgecolor="white", label=names[way])
+    for x, r in enumerate(rows):
+        axes.annotate(f"{r['ratio']:.1f}×", (x + 0.27, r["gnbench"]), (0, 2), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
+    axes.axhline(limit, color="black", linestyle="--", linewidth=1)
+    axes.annotate(
+        "arithmetic at the rate of matrix products", (0, limit), (0, 3), textcoords="offset points", fontsize=8
+    )
+    axes.set_xticks(range(len(rows)), [r["cell"].replace(" NBS", "\nNBS") for r in rows], rotation=45, ha="right")
+    axes.set_ylim(0, limit * 1.15)
+    axes.set_ylabel("training, images per second (whole machine)")
+    axes.set_title(title, fontsize=10)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def describe_machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine()
+    if sys.platform == "linux" and device == "cpu":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{num_cores()} cores of {name}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/speed", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("results/speed"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each way in each round")
+    parser.add_argument("--model", choices=STEP_FLOP, default="resnet20")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cells", nargs="+", metavar="CELL", choices=[cell.name for cell in CELLS],
+                        default=[cell.name for cell in CELLS], help="such as 'bn 2' or 'bn 128 NBS 8'")  # fmt: skip
+    options = parser.parse_args()
+    results = []
+    for cell in [cell for cell in CELLS if cell.name in options.cells]:
+        results.append(measure(cell, options))
+        row = summarize(results[-1], options.model)
+        print(
+            f"{row['cell']}: common {row['common']:.0f}, eager {row['eager']:.0f}, gnbench {row['gnbench']:.0f} "
+            f"images/s, {row['ratio']:.2f}x ({row['least']:.2f} to {row['most']:.2f})",
+            flush=True,
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = [summarize(result, options.model) for result in results]
+    flops = statistics.median(rate for result in results for rate in result["matrix_flop_per_s"])
+    machine, limit = describe_machine(options.device), flops / STEP_FLOP[options.model]
+    head = (
+        f"{options.model}, training, images per second over the whole machine; medians of {options.rounds} "
+        f"interleaved rounds of {options.seconds:g} s. {machine}. Matrix products reach {flops / 1e9:.0f} GFLOP/s, "
+        f"so the arithmetic alone would allow {limit:.0f} images/s: the limit."
+    )
+    content = {"machine": machine, "model": options.model, "rounds": options.rounds, "seconds": options.seconds,
+               "command": subprocess.list2cmdline(["scripts/speed", *sys.argv[1:]]), "results": results}  # fmt: skip
+    (options.out / "speed.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_table(rows, head, options.out / "speed.md")
+    draw(rows, limit, f"{options.model}, {machine}", options.out / "speed.png")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
