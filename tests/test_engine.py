@@ -1,13 +1,16 @@
 """Every way to execute a step beside the reference, and several seeds as one network beside one by one."""
 
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from conftest import environment, tiny_config
 from crashes import CONTEXT, KILLED, outcome
 from scipy import stats
 from test_cli import records
@@ -25,6 +28,7 @@ from gnbench.record import RECORD, load_record
 from gnbench.run import execute, execute_group
 from gnbench.train import Diverged, Training, summarize, train
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch.compile's own
 SEEDS = (3, 4, 5)
 NORMS = sorted(set(choices("norm")) - {"custom"})
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}  # of what 20 steps change, relative to its largest part
@@ -100,6 +104,28 @@ def test_another_memory_format_steps_alike(norm, dtype):
         step(Eager(alone), 20, dtype), rel=TOLERANCE[dtype]
     )
     assert_close(other, alone, start, TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_model_steps_alike():
+    dtype = torch.float64
+    alone, other = trainings(dtype, "bn")[0], trainings(dtype, "bn")[0]
+    start = {key: value.clone() for key, value in alone.model.state_dict().items()}
+    compiled = Eager(other, channels_last=True, compiled=True)
+    assert step(compiled, 20, dtype) == pytest.approx(step(Eager(alone), 20, dtype), rel=1e-9)
+    assert compiled.network.network is not other.model, "it was compiled"
+    assert_close(other, alone, start, 1e-9)
+
+
+def test_without_a_compiler_a_model_runs_as_it_is(tmp_path):
+    """In a process of its own, where no compiler can be found and nothing is compiled yet."""
+    code = (
+        "from test_engine import *; torch.set_num_threads(1); alone, other = trainings()[0], trainings()[0]; "
+        "engine = Eager(other, compiled=True); assert step(engine, 2) == step(Eager(alone), 2); "
+        "assert engine.network.network is other.model"
+    )
+    nowhere = {"CXX": "no-compiler", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(nowhere))
 
 
 @pytest.mark.parametrize("model", ["resnet20", "resnet18", "resnet50", "vgg16"])
@@ -178,6 +204,11 @@ def test_which_engine_auto_takes():
     assert make_engine([training], "eager").name == "eager"
     assert make_engine([training], "auto").name == "channels_last"
     assert make_engine(trainings(), "auto").name == "3 seeds as one network, channels_last"
+    long = make_training("bn", epochs=10_500)  # of 96 images each
+    assert make_engine([long], "auto").name == "channels_last, compiled"
+    assert make_engine([make_training("gn", epochs=10_500)], "auto").name == "channels_last"
+    long.model = gnbench.model("resnet8", norm=gnbench.norm("bn", norm_batch_size=2), num_classes=3)
+    assert make_engine([long], "auto").name == "eager"
     weight = training.model.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
 

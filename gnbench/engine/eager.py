@@ -1,11 +1,16 @@
 """The reference: a training by itself, one kernel after the other."""
 
+import logging
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnbench.precise_bn import layers_with_statistics
 from gnbench.train import Training
+
+log = logging.getLogger(__name__)
 
 
 class Eager:
@@ -14,13 +19,16 @@ class Eager:
     Args:
         channels_last: keep weights and activations as (N, H, W, C) in memory, which most CPU kernels prefer; the
             mathematics is the same, the rounding is not.
+        compiled: run the model through torch.compile, which takes half a minute and a C++ compiler; without one, the
+            model runs as it is.
     """
 
-    def __init__(self, training: Training, channels_last: bool = False) -> None:
-        self.name = "channels_last" if channels_last else "eager"
+    def __init__(self, training: Training, channels_last: bool = False, compiled: bool = False) -> None:
+        self.name = ", ".join(["channels_last"] * channels_last + ["compiled"] * compiled) or "eager"
         self.members = [training]
         if channels_last:
             training.model.to(memory_format=torch.channels_last)
+        self.network = _Compiled(training.model) if compiled else training.model
 
     def set_train_mode(self, frozen: bool) -> None:
         """Training mode; with `frozen`, running statistics are used as they are."""
@@ -31,7 +39,7 @@ class Eager:
         training = self.members[0]
         recipe, optimizer, ((images, labels),) = training.recipe, training.optimizer, batches
         set_learning_rate(optimizer, training.learning_rate)
-        logits = forward(training.model, images, training.precision)
+        logits = forward(self.network, images, training.precision)
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -39,6 +47,23 @@ class Eager:
             nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_grad_norm)
         optimizer.step()
         return loss.detach()[None], (logits.detach().argmax(1) != labels).sum()[None]
+
+
+class _Compiled:
+    """A model through torch.compile, or as it is from the first failure of that on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.network: Callable[[Tensor], Tensor] = torch.compile(model)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.network is not self.model:
+            try:
+                return self.network(images)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                log.info("trained without torch.compile: %s", str(error).partition("\n")[0])
+                self.network = self.model
+        return self.model(images)
 
 
 def set_train_mode(model: nn.Module, frozen: bool) -> None:
@@ -54,7 +79,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def forward(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+def forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: str) -> Tensor:
     """Logits, in the precision of the loss: under bf16 the model computes in mixed precision, the loss in float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(images)
