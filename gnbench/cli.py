@@ -45,7 +45,7 @@ class Config(Recipe):
     tuned_from: str | None = None  # results of sweep=tune, whose best base_lr for the cell is taken
     seed: int = 0  # of the initialization, the order of images and the augmentation
     precision: str = "float32"  # float32, tf32 (on a GPU), bf16 (mixed)
-    engine: str = "auto"  # auto: what is faster, several seeds as one network too; eager: the reference, one by one
+    engine: str = "auto"  # auto: what is faster, several seeds as one network too; eager: the reference; cuda_graph
     deterministic: bool | None = None  # whether a GPU uses algorithms that give the same bits every time; a CPU does
     num_threads: Any = "auto"  # auto: 1 in a sweep, which runs one process a core; all cores for a single run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...

@@ -16,7 +16,7 @@ from gnbench.record import FINISHED, RECORD, digest, load_record, run_name
 from gnbench.tuning import choose_base_lr
 
 PRECISIONS = ("float32", "tf32", "bf16")
-ENGINES = ("auto", "eager")
+ENGINES = ("auto", "eager", "cuda_graph")
 SPLIT_KEYS = ("train_size", "val_size", "split_seed", "augment")  # of `data`; its other keys belong to the source
 
 

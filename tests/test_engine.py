@@ -15,13 +15,14 @@ from crashes import CONTEXT, KILLED, outcome
 from scipy import stats
 from test_cli import records
 from test_train import finish, make_training, without_times
+from tiny_data import load_tiny
 from torch import nn
 
 import gnbench
 from gnbench.checkpoint import load_checkpoints
 from gnbench.configs import choices
-from gnbench.data import train_batches
-from gnbench.engine import Eager, Fused, make_engine, most_lanes, share_out
+from gnbench.data import prepare, train_batches
+from gnbench.engine import CudaGraph, Eager, Fused, make_engine, most_lanes, share_out
 from gnbench.errors import UserError
 from gnbench.plan import Run, plan_run
 from gnbench.record import RECORD, load_record
@@ -104,6 +105,56 @@ def test_another_memory_format_steps_alike(norm, dtype):
         step(Eager(alone), 20, dtype), rel=TOLERANCE[dtype]
     )
     assert_close(other, alone, start, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+@pytest.mark.parametrize("norm", ["bn", "gn", "mabn"])
+def test_a_recorded_step_is_the_step(norm, together):
+    """What surrounds a CUDA graph, with a recording that repeats the step on the CPU, where there are no graphs."""
+    recorded = []
+
+    def record(update):
+        for _ in range(3):
+            update()
+        recorded.append(update)
+        return update
+
+    reference, other = trainings(norm=norm), trainings(norm=norm)
+    plain = Fused(reference) if together else Eager(reference[0])
+    graph = CudaGraph(Fused(other) if together else Eager(other[0]), record)
+    losses = [step(plain, 5), step(graph, 5)]
+    assert losses[0] == losses[1]
+    for one, two in zip(plain.members, graph.members, strict=True):
+        for key, value in state(one).items():
+            assert torch.equal(state(two)[key], value), key
+    assert len(recorded) == 1
+    graph.set_train_mode(frozen=True)
+    plain.set_train_mode(frozen=True)
+    batches = [next(train_batches(t.dataset, 4, drop_last=True, seed=t.seed, epoch=9)) for t in plain.members]
+    for _ in range(2):
+        assert torch.equal(plain.step(batches)[0], graph.step(batches)[0])
+    assert len(recorded) == 2, "another mode and shape are another recording"
+    if together:
+        for engine in (plain, graph):
+            engine.members.pop(1)
+        assert torch.equal(plain.step(batches[::2])[0], graph.step(batches[::2])[0])
+        assert len(recorded) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("norm", NORMS)
+def test_on_a_gpu_a_graph_steps_as_the_reference_does(norm):
+    reference, other = [[_on_gpu(training) for training in trainings(norm=norm)] for _ in range(2)]
+    start = {key: value.clone() for key, value in reference[0].model.state_dict().items()}
+    (expected,) = step(Eager(reference[0]), 20)
+    losses = step(CudaGraph(Fused(other, channels_last=False)), 20)
+    assert losses[0] == pytest.approx(expected, rel=2e-2)
+    assert_close(other[0], reference[0], start, 2e-2)
+
+
+def _on_gpu(training: Training) -> Training:
+    dataset = prepare(load_tiny(), torch.device("cuda"))
+    return Training(training.model.cuda(), dataset, training.recipe, training.seed)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
@@ -207,6 +258,10 @@ def test_which_engine_auto_takes():
     long = make_training("bn", epochs=10_500)  # of 96 images each
     assert make_engine([long], "auto").name == "channels_last, compiled"
     assert make_engine([make_training("gn", epochs=10_500)], "auto").name == "channels_last"
+    assert make_engine([make_training("in")], "auto").name == "eager"
+    assert make_engine(trainings(norm="in"), "auto").name == "3 seeds as one network"
+    with pytest.raises(UserError, match="engine=cuda_graph is not legal on device=cpu"):
+        make_engine([training], "cuda_graph")
     long.model = gnbench.model("resnet8", norm=gnbench.norm("bn", norm_batch_size=2), num_classes=3)
     assert make_engine([long], "auto").name == "eager"
     weight = training.model.conv1.weight

@@ -1,8 +1,9 @@
 """How a step of training is executed: one training by itself, or several seeds of one cell as one network.
 
-An engine has a `name`, the `members` that it moves forward together, `set_train_mode(frozen)` and
-`step(batches) -> (losses, errors)`, one update of every member; gnbench.train.train drives it. `Eager` is the
-reference, against which the tests step every other engine.
+`Eager` is the reference, against which the tests step every other engine; `Fused` is several seeds as one network;
+`CudaGraph` records the step of either. An engine has a `name`, the `members` that it moves forward together,
+`set_train_mode(frozen)` and `step(batches) -> (losses, errors)`, one update of every member; gnbench.train.train drives
+it.
 """
 
 import ctypes
@@ -10,12 +11,16 @@ import math
 import sys
 from collections.abc import Sequence
 
+from torch import nn
+
 from gnbench.engine.eager import Eager
 from gnbench.engine.fused import Fused
+from gnbench.engine.graph import CudaGraph
+from gnbench.errors import UserError
 from gnbench.norms.batch import BatchNorm
 from gnbench.train import Engine, Training
 
-__all__ = ["Eager", "Fused", "keep_freed_memory", "make_engine", "most_lanes", "share_out"]
+__all__ = ["CudaGraph", "Eager", "Fused", "keep_freed_memory", "make_engine", "most_lanes", "share_out"]
 
 MOST_LANES = 8  # seeds as one network: 16 were no faster
 MOST_FUSED_BATCH = 8  # larger batches fill a CPU's kernels by themselves
@@ -26,25 +31,39 @@ WORTH_COMPILING = 1_000_000  # images in a training; half a minute of compiling 
 def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     """The engine of the trainings in `lanes`, of which several make one network.
 
-    On a CPU, channels_last suits the convolutions, but not a batch norm that splits its batch, whose view of it as
-    (NBS, W * C, H, W') would be a copy; and torch.compile gains an eighth with BN, and nothing with norms that look at
-    one image. What is taken depends on the whole training, not on what is left of it, so that a resumed one goes on
-    with the same arithmetic.
+    What is taken depends on the whole training, not on what is left of it, so that a resumed one goes on with the same
+    arithmetic. On a CPU, torch.compile gains an eighth with BN, and nothing with norms that look at one image.
 
     Args:
-        engine: eager is the reference, for a single training; auto takes what is faster.
+        engine: eager is the reference, for a single training; auto takes what is faster; cuda_graph records the step.
+
+    Raises:
+        UserError: cuda_graph is asked for on another device than a GPU.
     """
+    training = next(training for training in lanes if training is not None)
+    recipe, device = training.recipe, training.dataset.mean.device
+    modules = list(training.model.modules())
+    channels_last = device.type == "cpu" and engine == "auto" and not _needs_channels_first(modules, recipe.batch_size)
+    if engine == "cuda_graph" and device.type != "cuda":
+        raise UserError(f"engine=cuda_graph is not legal on device={device.type}: it is auto or eager there")
     if len(lanes) > 1:
-        return Fused(lanes)
-    (training,) = lanes
-    if engine == "eager" or training.dataset.mean.device.type != "cpu":
-        return Eager(training)
-    sizes = [getattr(module, "norm_batch_size", None) for module in training.model.modules()]
-    if any(size is not None and size < training.recipe.batch_size for size in sizes):
-        return Eager(training)
-    is_bn = any(type(module) is BatchNorm for module in training.model.modules())
-    num_images = training.total_steps * training.recipe.batch_size
-    return Eager(training, channels_last=True, compiled=is_bn and num_images >= WORTH_COMPILING)
+        made: Eager | Fused = Fused(lanes, channels_last)
+    else:
+        is_bn = any(type(module) is BatchNorm for module in modules)
+        long = training.total_steps * recipe.batch_size >= WORTH_COMPILING
+        made = Eager(training, channels_last, compiled=channels_last and is_bn and long)
+    return CudaGraph(made) if engine == "cuda_graph" else made
+
+
+def _needs_channels_first(modules: list[nn.Module], batch_size: int) -> bool:
+    """Whether a norm is faster on (N, C, H, W) than the convolutions lose by it.
+
+    That is a GroupNorm with one channel a group, whose channels_last kernel is slow, and a batch norm that splits its
+    batch, whose view of it as (NBS, W * C, H, W') would be a copy.
+    """
+    instance = any(isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels for m in modules)
+    sizes = [getattr(module, "norm_batch_size", None) for module in modules]
+    return instance or any(size is not None and size < batch_size for size in sizes)
 
 
 def most_lanes(config: dict, on_gpu: bool, asked: int | None = None) -> int:
@@ -55,7 +74,7 @@ def most_lanes(config: dict, on_gpu: bool, asked: int | None = None) -> int:
             cannot be taken apart, the reference engine and clipped gradients train one by one whatever is asked.
     """
     ours = all(target.startswith("gnbench.") for part in ("norm", "model") for target in _targets(config[part]))
-    if config["engine"] != "auto" or not ours or config["clip_grad_norm"] is not None:
+    if config["engine"] == "eager" or not ours or config["clip_grad_norm"] is not None:
         return 1
     small = config["batch_size"] <= (MOST_FUSED_BATCH_ON_GPU if on_gpu else MOST_FUSED_BATCH)
     return asked or (MOST_LANES if small else 1)

@@ -29,6 +29,7 @@ class Eager:
         if channels_last:
             training.model.to(memory_format=torch.channels_last)
         self.network = _Compiled(training.model) if compiled else training.model
+        self.optimizer = training.optimizer
 
     def set_train_mode(self, frozen: bool) -> None:
         """Training mode; with `frozen`, running statistics are used as they are."""
@@ -36,16 +37,24 @@ class Eager:
 
     def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """One update by images (B, C, H, W), labels (B,); mean loss and number of errors, (1,) each, on the device."""
+        self.set_learning_rate()
+        return self.update(batches)
+
+    def set_learning_rate(self) -> None:
+        """Take the rate of the next update."""
+        set_learning_rate(self.optimizer, self.members[0].learning_rate)
+
+    def update(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A step at the rate that is set: what runs on the device."""
         training = self.members[0]
-        recipe, optimizer, ((images, labels),) = training.recipe, training.optimizer, batches
-        set_learning_rate(optimizer, training.learning_rate)
+        recipe, ((images, labels),) = training.recipe, batches
         logits = forward(self.network, images, training.precision)
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
         if recipe.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_grad_norm)
-        optimizer.step()
+        self.optimizer.step()
         return loss.detach()[None], (logits.detach().argmax(1) != labels).sum()[None]
 
 
@@ -76,7 +85,10 @@ def set_train_mode(model: nn.Module, frozen: bool) -> None:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The rate of the next update, for every parameter."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):  # which a recorded step reads
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: str) -> Tensor:

@@ -33,14 +33,16 @@ class Fused:
 
     Args:
         lanes: a training for each lane, or None; all of one recipe, data set and model.
+        channels_last: as of Eager.
     """
 
-    def __init__(self, lanes: Sequence[Training | None]) -> None:
-        self.name = f"{len(lanes)} seeds as one network, channels_last"
+    def __init__(self, lanes: Sequence[Training | None], channels_last: bool = True) -> None:
+        self.name = f"{len(lanes)} seeds as one network" + ", channels_last" * channels_last
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.lanes = list(lanes)
         self.members = [training for training in lanes if training is not None]
         links: Links = []
-        self.network = _fuse([training and training.model for training in lanes], links)
+        self.network = _fuse([training and training.model for training in lanes], links, self.memory_format)
         self.optimizer = make_optimizer(self.network, self.members[0].recipe)
         self._share_momenta(links)
 
@@ -50,12 +52,21 @@ class Fused:
 
     def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """One update of every member by its own batch; losses and numbers of errors, (members,) each, on the device."""
+        self.set_learning_rate()
+        return self.update(batches)
+
+    def set_learning_rate(self) -> None:
+        """Take the rate of the next update."""
+        set_learning_rate(self.optimizer, self.members[0].learning_rate)
+
+    def update(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A step at the rate that is set: what runs on the device."""
         lead = self.members[0]
         present = [lane for lane, training in enumerate(self.lanes) if any(training is each for each in self.members)]
         images, labels = self._spread(batches, present)
-        set_learning_rate(self.optimizer, lead.learning_rate)
         logits = forward(self.network, images, lead.precision)
-        logits = logits.unflatten(1, (len(self.lanes), -1))[:, present].transpose(0, 1)  # (B, L * K) -> (members, B, K)
+        lanes = logits.unflatten(1, (len(self.lanes), -1)).unbind(1)  # (B, L * K) -> L of (B, K)
+        logits = torch.stack([lanes[lane] for lane in present])  # (members, B, K)
         losses = F.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=lead.recipe.label_smoothing
         )
@@ -71,7 +82,7 @@ class Fused:
         images = [empty] * len(self.lanes)
         for lane, (own, _) in zip(present, batches, strict=True):
             images[lane] = own
-        spread = torch.cat(images, 1).contiguous(memory_format=torch.channels_last)
+        spread = torch.cat(images, 1).contiguous(memory_format=self.memory_format)
         return spread, torch.stack([labels for _, labels in batches])
 
     def _share_momenta(self, links: Links) -> None:
@@ -86,17 +97,17 @@ class Fused:
                 self.optimizer.state[parameter] = states[parameter]
         for parameter, parts in links:
             momenta = [None if part is None else states[part][MOMENTUM] for part in parts]
-            self.optimizer.state[parameter][MOMENTUM] = _join(momenta)
+            self.optimizer.state[parameter][MOMENTUM] = _join(momenta, self.memory_format)
 
 
-def _fuse(lanes: Lanes, links: Links) -> nn.Module:
+def _fuse(lanes: Lanes, links: Links, memory_format: torch.memory_format) -> nn.Module:
     """A module that does to each lane's channels what that lane's module does, and shares its tensors."""
     template = _first(lanes)
     kind = type(template)
     if kind in COUNTS:
-        return _concatenate(lanes, links, COUNTS[kind])
+        return _concatenate(lanes, links, memory_format, COUNTS[kind])
     if kind is nn.Linear:
-        return _LaneLinear(_concatenate(lanes, links, ()), len(lanes))
+        return _LaneLinear(_concatenate(lanes, links, memory_format), len(lanes))
     if kind is PadShortcut:
         return _LanePad(template, len(lanes))
     if kind in STATELESS:
@@ -104,7 +115,7 @@ def _fuse(lanes: Lanes, links: Links) -> nn.Module:
     if kind is nn.Sequential or kind.__module__.startswith(("gnbench.models.", "torchvision.models.")):
         network = copy.deepcopy(template)
         for name, _ in template.named_children():
-            setattr(network, name, _fuse([module and getattr(module, name) for module in lanes], links))
+            setattr(network, name, _fuse([module and getattr(module, name) for module in lanes], links, memory_format))
         return network
     return _PerLane(lanes)
 
@@ -120,7 +131,9 @@ COUNTS: dict[type, tuple[str, ...]] = {
 STATELESS = (nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
-def _concatenate(lanes: Lanes, links: Links, counts: Sequence[str]) -> nn.Module:
+def _concatenate(
+    lanes: Lanes, links: Links, memory_format: torch.memory_format, counts: Sequence[str] = ()
+) -> nn.Module:
     """One module with the lanes' parameters and buffers one after the other; the lanes' own become views of them."""
     template = _first(lanes)
     fused = copy.deepcopy(template)
@@ -128,20 +141,20 @@ def _concatenate(lanes: Lanes, links: Links, counts: Sequence[str]) -> nn.Module
         setattr(fused, name, getattr(template, name) * len(lanes))
     for name, _ in template.named_parameters(recurse=False):
         parts = [module and getattr(module, name) for module in lanes]
-        parameter = nn.Parameter(_join(parts))
+        parameter = nn.Parameter(_join(parts, memory_format))
         links.append((parameter, parts))
         setattr(fused, name, parameter)
     for name, _ in template.named_buffers(recurse=False):
-        setattr(fused, name, _join([module and getattr(module, name) for module in lanes]))
+        setattr(fused, name, _join([module and getattr(module, name) for module in lanes], memory_format))
     return fused
 
 
-def _join(parts: Sequence[Tensor | None]) -> Tensor:
+def _join(parts: Sequence[Tensor | None], memory_format: torch.memory_format) -> Tensor:
     """The lanes' tensors along the first dimension, zeros where there is none; they become views of the whole."""
     empty = torch.zeros_like(_first(parts))
     whole = torch.cat([empty if part is None else part.detach() for part in parts])
     if whole.ndim == 4:
-        whole = whole.contiguous(memory_format=torch.channels_last)
+        whole = whole.contiguous(memory_format=memory_format)
     for part, view in zip(parts, whole.chunk(len(parts)), strict=True):
         if part is not None:
             part.data = view

@@ -1,0 +1,96 @@
+"""A whole step as one CUDA graph: a GPU then waits for no Python between the hundreds of kernels of a small batch."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gnbench.engine.eager import Eager
+from gnbench.engine.fused import Fused
+from gnbench.train import Training
+
+MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
+WARM_UP_STEPS = 3  # before a capture, so that libraries have chosen their kernels and taken their memory
+Replay = Callable[[], None]
+
+
+class CudaGraph:
+    """Another engine's step, recorded once for each shape, mode and set of members, and replayed.
+
+    Images, labels and the learning rate are copied into the tensors that the graph reads. A recording trains for some
+    steps, which are then undone. A batch of another shape, as an epoch's last, is a recording of its own.
+
+    Args:
+        engine: what is recorded.
+        record: makes a function that repeats what another one did on the device.
+    """
+
+    def __init__(self, engine: Eager | Fused, record: Callable[[Callable[[], None]], Replay] | None = None) -> None:
+        self.engine = engine
+        self.record = record or record_cuda_graph
+        self.name = f"{engine.name}, CUDA graph"
+        self.frozen = False
+        self.replays: dict[tuple, tuple[Replay, list[tuple[Tensor, Tensor]], list[Tensor]]] = {}
+        device = self.members[0].dataset.mean.device
+        for group in engine.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+            for parameter in group["params"] if group["momentum"] else ():
+                engine.optimizer.state[parameter].setdefault(MOMENTUM, torch.zeros_like(parameter))
+
+    @property
+    def members(self) -> list[Training]:
+        return self.engine.members
+
+    def set_train_mode(self, frozen: bool) -> None:
+        """Training mode; with `frozen`, running statistics are used as they are."""
+        self.frozen = frozen
+        self.engine.set_train_mode(frozen)
+
+    def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One update of every member; losses and numbers of errors, (members,) each, on the device."""
+        key = (self.frozen, batches[0][0].shape, *(training.seed for training in self.members))
+        if key not in self.replays:
+            self.replays[key] = self._record(batches)
+        replay, inputs, outputs = self.replays[key]
+        for (images, labels), (own_images, own_labels) in zip(batches, inputs, strict=True):
+            own_images.copy_(images)
+            own_labels.copy_(labels)
+        self.engine.set_learning_rate()
+        replay()
+        losses, num_errors = outputs
+        return losses.clone(), num_errors.clone()
+
+    def _record(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Replay, list[tuple[Tensor, Tensor]], list[Tensor]]:
+        inputs = [(images.clone(), labels.clone()) for images, labels in batches]
+        outputs: list[Tensor] = []
+
+        def update() -> None:
+            outputs[:] = self.engine.update(inputs)
+
+        state = [(tensor, tensor.clone()) for tensor in self._state()]
+        replay = self.record(update)
+        for tensor, before in state:
+            tensor.copy_(before)
+        return replay, inputs, outputs
+
+    def _state(self) -> Iterator[Tensor]:
+        """All that an update changes."""
+        for training in self.members:
+            yield from (parameter.data for parameter in training.model.parameters())
+            yield from training.model.buffers()
+        for state in self.engine.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def record_cuda_graph(update: Callable[[], None]) -> Replay:
+    """Capture what `update` does on the current CUDA device, after some runs of it on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_STEPS):
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    return graph.replay
