@@ -289,7 +289,7 @@ def draw(rows: list[dict], limit: float, title: str, path: Path) -> None:
     axes.annotate(
         "arithmetic at the rate of matrix products", (0, limit), (0, 3), textcoords="offset points", fontsize=8
     )
-    axes.set_xticks(range(len(rows)), [r["cell"].replace(" NBS", "\nNBS") for r in rows], rotation=45, ha="right")
+    axes.set_xticks(range(len(rows)), [r["cell"] for r in rows], rotation=90)
     axes.set_ylim(0, limit * 1.15)
     axes.set_ylabel("training, images per second (whole machine)")
     axes.set_title(title, fontsize=10)
