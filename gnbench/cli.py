@@ -29,6 +29,7 @@ from gnbench.plan import Run, num_cores, plan_run
 from gnbench.recipe import Recipe
 from hydra_plugins.gnbench.cores import Cores
 from hydra_plugins.gnbench.grid import Grid
+from hydra_plugins.gnbench.plan import Plan
 
 REFUSED = 2  # exit status of a command that was refused
 FAILED = 1  # of one in which a run failed
@@ -54,7 +55,7 @@ class Config(Recipe):
 
 
 ConfigStore.instance().store(name="schema", node=Config)
-for plugin in (Grid, Cores):  # Hydra's own search for plugins does not see into an editable install
+for plugin in (Grid, Cores, Plan):  # Hydra's own search for plugins does not see into an editable install
     Plugins.instance().register(plugin)
 
 

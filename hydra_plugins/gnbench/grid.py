@@ -16,6 +16,7 @@ from gnbench.errors import SweepFailed, UserError
 from gnbench.record import LOG, RECORD, load_record
 from hydra_plugins.gnbench.composer import Composer
 from hydra_plugins.gnbench.cores import Cores
+from hydra_plugins.gnbench.plan import Plan
 
 
 @dataclass
@@ -54,12 +55,15 @@ class Grid(Sweeper):
             run = plan(composer.compose(overrides), in_sweep=True)
             runs.setdefault(run.directory, (run, overrides))
         left = [(run, overrides) for run, overrides in runs.values() if not run.is_finished()]
-        print(_count(len(cells), len(runs), len(left)), flush=True)
+        count = _count(len(cells), len(runs), len(left))
+        if isinstance(self.launcher, Plan):
+            _check(left)
+            self.launcher.tell(count, [run for run, _ in runs.values()], [run for run, _ in left])
+            return []
+        print(count, flush=True)
         if not left:
             return []
-        from gnbench.run import check_runs  # imports torch: not for a sweep that is done
-
-        check_runs([run for run, _ in left])
+        _check(left)
         if isinstance(self.launcher, Cores):
             self.launcher.runs = [run for run, _ in left]
         returns = list(self.launcher.launch([overrides for _, overrides in left], initial_job_idx=0))
@@ -70,6 +74,13 @@ class Grid(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([f"{key}={value}" for key, value in self.params.items()] + arguments)
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def _check(left: list[tuple[Any, list[str]]]) -> None:
+    if left:
+        from gnbench.run import check_runs  # imports torch: not for a sweep that is done
+
+        check_runs([run for run, _ in left])
 
 
 def _count(num_cells: int, num_runs: int, num_left: int) -> str:

@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 
 from gnbench.errors import UserError
-from hydra_plugins.gnbench.cores import Cores, _duration
+from hydra_plugins.gnbench.cores import Cores, _duration, _exit_word
 
 if TYPE_CHECKING:  # --help need not wait for torch and pandas
     import pandas as pd
@@ -103,6 +103,7 @@ class Plan(Cores):
             runs: those of the whole sweep.
             left: those that are not finished.
         """
+        self.runs = left
         self._check()
         if self.commands:
             print("".join(f"{line}\n" for line in find_commands(left)), end="", flush=True)
@@ -115,7 +116,7 @@ class Plan(Cores):
 
     def _calibrate(self, groups: list[list[Any]]) -> dict[str, Calibration | str]:
         """What each kind of group takes, or why that could not be measured."""
-        kinds = {_kind(group): group for group in reversed(groups)}
+        kinds = {_kind(group): group for group in groups}
         if not kinds:
             return {}
         print(
@@ -124,7 +125,8 @@ class Plan(Cores):
         )
         context = self._context()
         with ThreadPoolExecutor(self._num_processes()) as pool:
-            return dict(zip(kinds, pool.map(lambda group: _calibrate_aside(context, group), kinds.values())))
+            measured = pool.map(lambda group: _calibrate_aside(context, group), kinds.values())
+            return dict(zip(kinds, measured, strict=True))
 
     def _sum_up(
         self, left: list[Any], groups: list[list[Any]], calibrations: dict[str, Calibration | str]
@@ -143,8 +145,8 @@ class Plan(Cores):
             least = "" if all(calibration.whole for calibration in known) else "at least "
             whose = " of the GPU" if self._on_gpu() else ""
             lines += [
-                f"estimated: {_format_time(total_s)} on this machine by {self._num_processes()} processes side by side, "
-                f"{least}{memory:.0f} MB of memory{whose} a process at its peak",
+                f"estimated: {_format_time(total_s)} on this machine by {self._num_processes()} processes side by "
+                f"side, {least}{memory:.0f} MB of memory{whose} a process at its peak",
                 "the estimate counts each epoch's tests, the errors by statistics at the end, and every run from its "
                 "start; it leaves out checkpoints, and whatever else the machine will have to do",
             ]
@@ -173,33 +175,36 @@ def find_commands(runs: Iterable[Any]) -> list[str]:
     return lines
 
 
-def tabulate(
-    runs: list[Any], groups: list[list[Any]], calibrations: dict[str, Calibration | str]
-) -> "pd.DataFrame":
+def tabulate(runs: list[Any], groups: list[list[Any]], calibrations: dict[str, Calibration | str]) -> "pd.DataFrame":
     """A row a cell: what it is, its seeds left, the steps and images of each of its runs, how and how long."""
     import pandas as pd
 
-    cells = {_cell(run): run for run in runs}
+    cells: dict[str, list[Any]] = {}
+    groups_of: dict[str, list[list[Any]]] = {}
+    for run in runs:
+        cells.setdefault(_cell(run), []).append(run)
+    for group in groups:
+        groups_of.setdefault(_cell(group[0]), []).append(group)
     rows = []
-    for cell, run in cells.items():
-        own = [group for group in groups if _cell(group[0]) == cell]
+    for cell, of_cell in cells.items():
+        own = groups_of.get(cell, [])
         times = [estimate_time(group, calibrations[_kind(group)]) for group in own]
-        seeds, num_left = sum(_cell(each) == cell for each in runs), sum(map(len, own))
-        work = count_work(run)
+        work = count_work(of_cell[0])
         rows.append(
             {
-                "left": f"{num_left} of {seeds}",
+                "left": f"{sum(map(len, own))} of {len(of_cell)}",
                 "steps": work.steps,
                 "images": work.images,
                 "executed as": _describe(own),
                 "time": "–" if not own or None in times else _format_time(sum(times)),
             }
         )
-    return pd.concat([find_names([run.config for run in cells.values()]), pd.DataFrame(rows)], axis=1)
+    names = find_names([of_cell[0].config for of_cell in cells.values()])
+    return pd.concat([names, pd.DataFrame(rows)], axis=1)
 
 
 def find_names(configs: list[dict]) -> "pd.DataFrame":
-    """What tells cells apart, a row a config: norm, batch_size, norm_batch_size, and further keys where these do not."""
+    """What tells cells apart, a row a config: norm, batch_size, norm_batch_size, and other keys where these do not."""
     import pandas as pd
 
     frame = pd.json_normalize(configs).drop(columns="seed")
@@ -398,7 +403,7 @@ def _calibrate_aside(context: Any, runs: list[Any]) -> Calibration | str:
         return f"{name}: its calibration took more than {LIMIT_S:.0f} s"
     except EOFError:
         process.join()
-        return f"{name}: the process of its calibration ended with exit status {process.exitcode}"
+        return f"{name}: the process of its calibration ended with {_exit_word(process.exitcode)}"
     finally:
         process.join()
         ours.close()
