@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import gnbench
 from gnbench.build import build_model, check_norm, depends_on_batch
-from gnbench.checkpoint import delete_checkpoints, load_checkpoints, save_checkpoint
+from gnbench.checkpoint import CURRENT, PREVIOUS, delete_checkpoints, load_checkpoints, save_checkpoint
 from gnbench.configs import arguments, partial
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
@@ -30,9 +30,9 @@ from gnbench.errors import UserError
 from gnbench.models import norm_and_activation
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
 from gnbench.precise_bn import layers_with_statistics
-from gnbench.record import LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
+from gnbench.record import CORRUPT, LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
 from gnbench.torchvision_compat import import_torchvision
-from gnbench.train import Engine, Training, summarize, train
+from gnbench.train import Diverged, Engine, Training, summarize, train
 
 log = logging.getLogger(__name__)
 LOCK_WAIT_S = 3.0  # for a run's lock: a process whose launcher was killed needs a step and a checkpoint to let go of it
@@ -82,7 +82,7 @@ def execute(run: Run, progress: bool = False) -> dict:
     return execute_group([run], progress)[0]
 
 
-def execute_group(runs: list[Run], progress: bool = False) -> list[dict]:
+def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) -> list[dict]:
     """Train runs that are alike but for their seeds, side by side as one network, and return their records.
 
     A finished run is left as it is; an unfinished one goes on from its checkpoint; one that another process is
@@ -92,23 +92,29 @@ def execute_group(runs: list[Run], progress: bool = False) -> list[dict]:
 
     Args:
         progress: show a bar, where standard error is a terminal.
+        alone: leave the network of which a run's checkpoint was a part, and with it the last bits: it failed there.
     """
     records, members = {}, []
     with contextlib.ExitStack() as stack:
         for run in runs:
-            if not stack.enter_context(_locked(run)):
-                log.warning("%s is being trained by another process", run.name)
-                records[run.digest] = {**_new_record(run), "cause": "another process trains it"}
-            elif run.is_finished():
-                delete_checkpoints(run.directory)  # a process that was killed as it ended may have left them
-                records[run.digest] = load_record(run.directory / RECORD)
-            else:
-                members.append(_Member(run, _new_record(run)))
+            try:
+                if not stack.enter_context(_locked(run)):
+                    log.warning("%s is being trained by another process", run.name)
+                    records[run.digest] = {**_new_record(run), "cause": "another process trains it"}
+                elif run.is_finished():
+                    delete_checkpoints(run.directory)  # a process that was killed as it ended may have left them
+                    records[run.digest] = load_record(run.directory / RECORD)
+                else:
+                    members.append(_Member(run, _new_record(run)))
+            except UserError as error:  # its place cannot be written
+                if len(runs) == 1:
+                    raise
+                records[run.digest] = {**_new_record(run), "status": "failed", "cause": _explain(error)}
         stack.enter_context(_logging_to([member.run for member in members]))
         for member in members:
             _clear(member.run.directory)
         if members:
-            _execute_locked(members, progress)
+            _execute_locked(members, progress, alone)
     if len(runs) == 1 and members and members[0].error is not None:
         raise members[0].error
     records.update({member.run.digest: member.record for member in members})
@@ -227,12 +233,13 @@ class _Member:
         save_checkpoint(self.run.directory, {**self.training.state(), "digest": self.run.digest, "lanes": lanes})
 
 
-def _execute_locked(members: list[_Member], progress: bool) -> None:
+def _execute_locked(members: list[_Member], progress: bool, alone: bool) -> None:
     try:
-        _train_recorded(members, progress)
+        _train_recorded(members, progress, alone)
     except Interrupted as error:
         for member in _unfinished(members):
-            member.save(status="interrupted", cause=f"stopped by {error}")
+            with contextlib.suppress(UserError):
+                member.save(status="interrupted", cause=f"stopped by {error}")
         raise
     except Exception as error:
         for member in _unfinished(members):
@@ -251,13 +258,13 @@ def _explain(error: Exception) -> str:
     return f"out of memory: {text}" if out_of_memory or "can't allocate memory" in text else text
 
 
-def _train_recorded(members: list[_Member], progress: bool) -> None:
+def _train_recorded(members: list[_Member], progress: bool, alone: bool) -> None:
     config = members[0].run.config
     device = choose_device(config["device"], config["precision"])
     _set_arithmetic(config)
     for member in members:
         member.training = make_training(member.run, device)
-    for digests, lanes in _line_up(members):
+    for digests, lanes in _line_up(members, keep_lanes=not alone and config["engine"] != "eager"):
         _train_lanes(digests, lanes, device, progress)
 
 
@@ -271,8 +278,9 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
         """What may fail for one member alone: that one is trained no further, and the others go on."""
         try:
             action()
-        except UserError as error:
-            engine.members.remove(training)
+        except Exception as error:
+            if training in engine.members:
+                engine.members.remove(training)
             members[training].fail(error)
 
     def start(training: Training) -> None:
@@ -285,15 +293,22 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
     for training in list(engine.members):
         attempt(training, lambda training=training: start(training))
     crash_at("started")
+
+    def drop(training: Training, error: Diverged) -> None:
+        attempt(training, lambda: members[training].finish(status="diverged", cause=str(error)))
+
     with _stop_signals() as stop, _progress_bar(members, progress) as bar:
         pause = _Pause(digests, members, engine, attempt, stop, bar)
-        train(engine, pause, lambda training, error: members[training].finish(status="diverged", cause=str(error)))
-    crash_at("trained")
-    for training in list(engine.members):
-        attempt(
-            training,
-            lambda training=training: members[training].finish(status="done", result=summarize(training)),
-        )
+        train(engine, pause, drop)
+        crash_at("trained")
+        for training in list(engine.members):
+            attempt(
+                training,
+                lambda training=training: members[training].finish(status="done", result=summarize(training)),
+            )
+            engine.members.remove(training)
+            if stop and engine.members:
+                pause.stop_here()
 
 
 def _set_arithmetic(config: dict) -> None:
@@ -308,12 +323,13 @@ def _set_arithmetic(config: dict) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def _line_up(members: list[_Member]) -> list[tuple[list[str], list[_Member | None]]]:
+def _line_up(members: list[_Member], keep_lanes: bool) -> list[tuple[list[str], list[_Member | None]]]:
     """Bring fresh members to where they go on, and say which of them do so together, in which lanes of which network.
 
     A checkpoint names the lanes of its network by their digests, so that a member finds its own again, and with it
     every bit of its arithmetic, whoever else is there. A kill between the checkpoints of two members leaves one of
-    them ahead; its previous checkpoint, or its beginning, is where they stood together.
+    them ahead; its previous checkpoint, or its beginning, is where they stood together. Without `keep_lanes` each goes
+    on by itself.
     """
     states = {}
     for member in members:
@@ -322,17 +338,22 @@ def _line_up(members: list[_Member]) -> list[tuple[list[str], list[_Member | Non
         except UserError as error:
             member.fail(error)
     members = list(states)
-    named = {digest for own in states.values() for state in own for digest in state["lanes"]}
-    fresh = [member.run.digest for member in members if member.run.digest not in named]
+    if not keep_lanes:
+        for member, own in states.items():
+            _restore(member, own, max(_steps(member, own)))
+        return [([member.run.digest], [member]) for member in members]
+    lanes = [state["lanes"] for own in states.values() for state in own]
+    fresh = [member.run.digest for member in members if not any(member.run.digest in each for each in lanes)]
     together: dict[tuple, list[_Member]] = {}
-    for member in members:
-        key = next((s["lanes"] for own in states.values() for s in own if member.run.digest in s["lanes"]), fresh)
-        together.setdefault(tuple(key), []).append(member)
+    for member, own in states.items():
+        named = [state["lanes"] for state in own] + [each for each in lanes if member.run.digest in each] + [fresh]
+        together.setdefault(tuple(named[0]), []).append(member)
     line_ups = []
     for digests, own in together.items():
-        common = set.intersection(*(_steps(states[member]) for member in own))
+        steps = {member: _steps(member, states[member]) for member in own}
+        common = set.intersection(*steps.values())
         for member in own:
-            _restore(member, states[member], max(common) if common else max(_steps(states[member])))
+            _restore(member, states[member], max(common or steps[member]))
         for step in sorted({member.training.progress.step for member in own}):
             at_step = {member.run.digest: member for member in own if member.training.progress.step == step}
             line_ups.append((list(digests), [at_step.get(digest) for digest in digests]))
@@ -351,15 +372,20 @@ def _load_states(run: Run) -> list[dict]:
     return states
 
 
-def _steps(states: list[dict]) -> set[int]:
-    """Where a run can go on: with fewer than two checkpoints also at its beginning."""
-    return {state["progress"]["step"] for state in states} | ({0} if len(states) < 2 else set())
+def _steps(member: _Member, states: list[dict]) -> set[int]:
+    """Where a run can go on: with fewer than two checkpoints, none of which was lost, also at its beginning."""
+    steps = {state["progress"]["step"] for state in states}
+    lost = any(member.run.directory.glob(f"{CURRENT}{CORRUPT}*")) or any(
+        member.run.directory.glob(f"{PREVIOUS}{CORRUPT}*")
+    )
+    return steps | ({0} if not steps or (len(steps) < 2 and not lost) else set())
 
 
 def _restore(member: _Member, states: list[dict], step: int) -> None:
     for state in states:
         if state["progress"]["step"] == step:
             member.training.restore(state)
+            member.record["history"] = member.training.progress.history
             log.info("goes on from step %d of %d", step, member.training.total_steps, extra={"run": member.run.name})
             return
 
@@ -399,11 +425,16 @@ class _Pause:
         if len(progress.history) > self.num_epochs:
             self.num_epochs = len(progress.history)
             self._for_each(self._end_epoch)
-        if self.stop or time.monotonic() - self.saved_s >= self.checkpoint_s:
+        if self.stop:
+            self.stop_here()
+        if time.monotonic() - self.saved_s >= self.checkpoint_s:
             self._for_each(lambda training: self.members[training].save_checkpoint(self.digests))
             self.saved_s = time.monotonic()
-        if self.stop:
-            raise Interrupted(self.stop[0])
+
+    def stop_here(self) -> None:
+        """Save those that are not finished, and stop."""
+        self._for_each(lambda training: self.members[training].save_checkpoint(self.digests))
+        raise Interrupted(self.stop[0])
 
     def _for_each(self, action: Callable[[Training], None]) -> None:
         for training in list(self.engine.members):
@@ -411,6 +442,7 @@ class _Pause:
 
     def _end_epoch(self, training: Training) -> None:
         self._show(training)
+        self.members[training].record["environment"]["engine"] = self.engine.name  # without a compiler it changes
         crash_at("epoch")
         self.members[training].save()
         crash_at("recorded")

@@ -58,9 +58,12 @@ class Training:
 
     def state(self) -> dict:
         """Tensors and plain values from which `restore` continues bit for bit, between any two steps."""
+        optimizer = _own(self.optimizer.state_dict())
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": _own(self.model.state_dict()),
+            "optimizer": optimizer,
             "progress": {
                 **asdict(self.progress),
                 "loss_sum": float(self.progress.loss_sum),
@@ -73,6 +76,15 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
+
+
+def _own(value: object) -> object:
+    """The same with copies of its tensors: a view would be saved with all that it is a view of."""
+    if isinstance(value, dict):
+        return {key: _own(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_own(inner) for inner in value]
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:

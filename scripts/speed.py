@@ -7,13 +7,15 @@ Three ways to train the same ResNet on the same random images are timed in turn,
 - eager: images and augmentation resident (gnbench engine=eager), one training at a time with all threads;
 - gnbench: what a sweep does by default: a process a core, the seeds of a cell as one network where batches are small.
 
-A round times each of them for `--seconds`; the order turns from round to round. Ratios are of the same round.
+A round times each of them for `--seconds`, in an order of its own; ratios are of the same round. Small batches are of
+up to 8 seeds of a cell; a sweep of fewer seeds gains less.
 """
 
 import argparse
 import json
 import multiprocessing
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -35,9 +37,10 @@ from gnbench.plan import num_cores
 from gnbench.recipe import Recipe
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Training
+from hydra_plugins.gnbench.cores import MOST_ON_A_GPU
 
 WAYS = ("common", "eager", "gnbench")
-NUM_IMAGES = 10_000
+NUM_IMAGES = 50_000
 SEEDS = 8  # of a cell: what a sweep may train as one network
 MATRIX = 1024  # rows and columns of the matrix product that stands for the machine's limit
 STEP_FLOP = {"resnet8": 75e6, "resnet20": 246e6}  # of a training step an image: 3 x 2 x multiply-adds forward
@@ -147,13 +150,14 @@ def resident(device: str) -> Dataset:
     return Dataset(split, split, split, 10, mean, std, "crop_flip")
 
 
-def matrix_products(threads: int):
-    """Yield the floating-point operations of each matrix product."""
-    torch.set_num_threads(threads)
-    a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
+def matrix_products(device: str):
+    """Yield the floating-point operations of each matrix product, in float32 on one thread or a GPU."""
+    torch.set_num_threads(1)
+    size = MATRIX if device == "cpu" else 8 * MATRIX
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     while True:
         a @ b
-        yield 2 * MATRIX**3
+        yield 2 * size**3
 
 
 def serve(connection, make) -> None:
@@ -161,15 +165,29 @@ def serve(connection, make) -> None:
     started = time.perf_counter()
     loop = make()
     next(loop)
+    wait_for_device()
     first_step_s = time.perf_counter() - started
     next(loop)
+    wait_for_device()
     connection.send(first_step_s)
     while (seconds := connection.recv()) is not None:
         count, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
             count += next(loop)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        connection.send((count / (time.perf_counter() - started), peak))
+        wait_for_device()
+        connection.send((count / (time.perf_counter() - started), peak_memory_mb()))
+
+
+def wait_for_device() -> None:
+    """Until what was asked of a GPU is done; a CPU does what it is asked at once."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_memory_mb() -> float:
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Workers:
@@ -182,6 +200,7 @@ class Workers:
             ours, theirs = context.Pipe()
             self.processes.append(context.Process(target=serve, args=(theirs, make)))
             self.processes[-1].start()
+            theirs.close()  # so that a process that dies is heard of
             self.pipes.append(ours)
         self.first_step_s = max(pipe.recv() for pipe in self.pipes)
         self.peak_mb = 0.0
@@ -206,19 +225,22 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
     on_gpu = options.device != "cpu"
     config = {"norm": {"_target_": "gnbench."}, "model": {"_target_": "gnbench."}, "engine": "auto"}
     lanes = min(SEEDS, most_lanes({**config, "batch_size": cell.batch_size, "clip_grad_norm": None}, on_gpu))
-    cores, name, device = num_cores(), options.model, options.device
+    name, device = options.model, options.device
+    side_by_side = min(num_cores(), MOST_ON_A_GPU) if on_gpu else num_cores()
     makers = {
         "common": (1, partial(common_loop, cell, name, device)),
-        "eager": (1, partial(gnbench_loop, cell, name, device, "eager", 1, cores)),
-        "gnbench": (cores, partial(gnbench_loop, cell, name, device, "auto", lanes, 1)),
-        "matrix": (cores, partial(matrix_products, 1)),
+        "eager": (1, partial(gnbench_loop, cell, name, device, "eager", 1, num_cores())),
+        "gnbench": (side_by_side, partial(gnbench_loop, cell, name, device, "auto", lanes, 1)),
+        "matrix": (1 if on_gpu else num_cores(), partial(matrix_products, device)),
     }
-    workers = {way: Workers(number, make) for way, (number, make) in makers.items()}
+    workers: dict[str, Workers] = {}
     rates: dict[str, list[float]] = {way: [] for way in makers}
+    shuffle = random.Random(0).sample
     try:
-        for number in range(options.rounds):
-            turn = list(makers)[number % len(makers) :] + list(makers)[: number % len(makers)]
-            for way in turn:
+        for way, (number, make) in makers.items():
+            workers[way] = Workers(number, make)
+        for _ in range(options.rounds):
+            for way in shuffle(list(makers), len(makers)):  # whoever comes after the loader's workers has them to bear
                 rates[way].append(workers[way].measure(options.seconds))
     finally:
         for each in workers.values():

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,8 @@ from tiny_data import load_tiny
 from torch import nn
 
 import gnbench
-from gnbench.checkpoint import load_checkpoints
+import gnbench.run as run_module
+from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.configs import choices
 from gnbench.data import prepare, train_batches
 from gnbench.engine import CudaGraph, Eager, Fused, make_engine, most_lanes, share_out
@@ -164,7 +166,7 @@ def test_a_compiled_model_steps_alike():
     start = {key: value.clone() for key, value in alone.model.state_dict().items()}
     compiled = Eager(other, channels_last=True, compiled=True)
     assert step(compiled, 20, dtype) == pytest.approx(step(Eager(alone), 20, dtype), rel=1e-9)
-    assert compiled.network.network is not other.model, "it was compiled"
+    assert compiled.name == "channels_last, compiled"
     assert_close(other, alone, start, 1e-9)
 
 
@@ -173,7 +175,7 @@ def test_without_a_compiler_a_model_runs_as_it_is(tmp_path):
     code = (
         "from test_engine import *; torch.set_num_threads(1); alone, other = trainings()[0], trainings()[0]; "
         "engine = Eager(other, compiled=True); assert step(engine, 2) == step(Eager(alone), 2); "
-        "assert engine.network.network is other.model"
+        "assert not engine.network.works"
     )
     nowhere = {"CXX": "no-compiler", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment(nowhere))
@@ -347,6 +349,63 @@ def test_a_member_goes_on_alone_with_the_same_bits(wholes, tmp_path):
         assert outcome(run) == outcome(whole)
 
 
+def test_a_checkpoint_holds_its_own_lane_only(tmp_path):
+    def size(engine) -> int:
+        step(engine, 1)
+        save_checkpoint(tmp_path, engine.members[0].state())
+        return (tmp_path / "checkpoint.pt").stat().st_size
+
+    assert size(Fused(trainings())) < 1.1 * size(Eager(trainings()[0]))
+
+
+def test_a_member_that_went_on_alone_comes_back_without_loss(wholes, tmp_path):
+    """Killed between two first checkpoints: one has the network's lanes, the other, gone on alone, its own."""
+    runs = elsewhere(wholes, tmp_path, checkpoint_s=1e-9)
+    assert execute_in_process(runs, {"GNBENCH_CRASH_AT": "checkpoint.pt.renamed:1"}) == KILLED
+    assert execute_in_process(runs[1:2], {"GNBENCH_CRASH_AT": "step:9"}) == KILLED
+    execute_group(runs)
+    log = (runs[1].directory / "run.log").read_text()
+    assert "goes on from step 8" in log
+    assert [load_record(run.directory / RECORD)["status"] for run in runs] == ["done"] * 3
+
+
+def test_a_diverged_member_that_cannot_write_leaves_the_others_be(wholes, tmp_path, monkeypatch):
+    runs = elsewhere(wholes, tmp_path)
+    drop_all = train
+
+    def train_and_block(engine, pause, drop):
+        victim = engine.members[1]
+        with torch.no_grad():
+            next(victim.model.parameters()).fill_(torch.nan)
+        (runs[1].directory / RECORD).unlink()
+        (runs[1].directory / RECORD).mkdir()
+        drop_all(engine, pause, drop)
+
+    monkeypatch.setattr(run_module, "train", train_and_block)
+    kept = execute_group(runs)
+    assert [record["status"] for record in kept] == ["done", "failed", "done"]
+    assert outcome(runs[0]) == outcome(wholes[0])
+
+
+def test_a_stop_while_members_are_being_summarized_keeps_the_rest(wholes, tmp_path, monkeypatch):
+    runs = elsewhere(wholes, tmp_path)
+
+    def summarize_and_stop(training):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return summarize(training)
+
+    monkeypatch.setattr(run_module, "summarize", summarize_and_stop)
+    with pytest.raises(run_module.Interrupted):
+        execute_group(runs)
+    statuses = [load_record(run.directory / RECORD)["status"] for run in runs]
+    assert statuses == ["done", "interrupted", "interrupted"]
+    assert load_checkpoints(runs[1].directory)[0]["progress"]["step"] == 24
+    monkeypatch.undo()
+    execute_group(runs)
+    for run, whole in zip(runs, wholes, strict=True):
+        assert outcome(run) == outcome(whole)
+
+
 def test_a_damaged_checkpoint_costs_that_member_its_lead_only(wholes, tmp_path):
     runs = elsewhere(wholes, tmp_path, checkpoint_s=1e-9)
     assert execute_in_process(runs, {"GNBENCH_CRASH_AT": "step:9"}) == KILLED
@@ -375,6 +434,7 @@ def test_a_member_that_cannot_write_fails_alone(wholes, tmp_path):
 
 def test_a_network_that_dies_twice_is_tried_seed_by_seed(gnbench, tmp_path):
     words = ("-m", "data=tiny", "model=resnet8", "norm=gn", "batch_size=8", "epochs=1", "seed=0,1,2,3", "results=out")
+    words += ("hydra.launcher.num_processes=2",)
     died = gnbench(*words, "checkpoint_s=1e-9", env={"GNBENCH_CRASH_AT": "step:5"})
     assert died.returncode == 0, died.stderr
     assert died.stdout.count("process ended with signal SIGKILL; trying it once more") >= 2
@@ -382,11 +442,12 @@ def test_a_network_that_dies_twice_is_tried_seed_by_seed(gnbench, tmp_path):
     assert [record["status"] for record in records(tmp_path / "out")] == ["done"] * 4
     assert gnbench(*words, "results=whole").returncode == 0
     losses = [[row["train_loss"] for r in records(tmp_path / d) for row in r["history"]] for d in ("out", "whole")]
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3), "not bit for bit: what failed together goes on alone"
+    assert {r["environment"]["engine"] for r in records(tmp_path / "out")} == {"channels_last"}
 
 
 def test_both_engines_err_alike(tmp_path):
-    """Ten seeds by each: the differences are those of rounding, and lean to neither side."""
+    """Ten seeds by each: a bias that shows in so few is none of rounding."""
 
     def errors(engine: str) -> list[float]:
         words = ("norm=bn", f"engine={engine}", "epochs=4", "batch_size=4", f"results={tmp_path / engine}")

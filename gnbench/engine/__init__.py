@@ -47,6 +47,8 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     if engine == "cuda_graph" and device.type != "cuda":
         raise UserError(f"engine=cuda_graph is not legal on device={device.type}: it is auto or eager there")
     if len(lanes) > 1:
+        if recipe.clip_grad_norm is not None:
+            raise UserError("clip_grad_norm is of each seed's own gradients: its seeds are not trained as one network")
         made: Eager | Fused = Fused(lanes, channels_last)
     else:
         is_bn = any(type(module) is BatchNorm for module in modules)
@@ -103,5 +105,5 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        if libc.mallopt(mmap_threshold, 2**30):  # 0 where that is more than it takes
+            libc.mallopt(trim_threshold, 2**31 - 1)

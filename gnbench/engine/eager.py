@@ -24,12 +24,17 @@ class Eager:
     """
 
     def __init__(self, training: Training, channels_last: bool = False, compiled: bool = False) -> None:
-        self.name = ", ".join(["channels_last"] * channels_last + ["compiled"] * compiled) or "eager"
         self.members = [training]
+        self.channels_last = channels_last
         if channels_last:
             training.model.to(memory_format=torch.channels_last)
         self.network = _Compiled(training.model) if compiled else training.model
         self.optimizer = training.optimizer
+
+    @property
+    def name(self) -> str:
+        compiled = isinstance(self.network, _Compiled) and self.network.works
+        return ", ".join(["channels_last"] * self.channels_last + ["compiled"] * compiled) or "eager"
 
     def set_train_mode(self, frozen: bool) -> None:
         """Training mode; with `frozen`, running statistics are used as they are."""
@@ -63,15 +68,16 @@ class _Compiled:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.network: Callable[[Tensor], Tensor] = torch.compile(model)
+        self.compiled = torch.compile(model, dynamic=False)  # a shape's code does not depend on the shapes before it
+        self.works = True
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self.network is not self.model:
+        if self.works:
             try:
-                return self.network(images)
+                return self.compiled(images)
             except torch._dynamo.exc.TorchDynamoException as error:
-                log.info("trained without torch.compile: %s", str(error).partition("\n")[0])
-                self.network = self.model
+                log.warning("trained without torch.compile: %s", str(error).partition("\n")[0])
+                self.works = False
         return self.model(images)
 
 

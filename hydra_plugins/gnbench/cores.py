@@ -62,6 +62,7 @@ class Job:
     indices: list[int]
     overrides: list[list[str]]
     runs: list[Any] | None
+    alone: bool = False  # not as part of the network that failed
     tries: int = 0
     stalled: bool = False
 
@@ -71,7 +72,7 @@ class Job:
 
     def split(self) -> list["Job"]:
         """A job for each of its runs."""
-        return [Job([i], [o], [r]) for i, o, r in zip(self.indices, self.overrides, self.runs, strict=True)]
+        return [Job([i], [o], [r], alone=True) for i, o, r in zip(self.indices, self.overrides, self.runs, strict=True)]
 
 
 @dataclass
@@ -209,7 +210,7 @@ class _Pool:
             arguments = (theirs, self.first_index + job.indices[0], job.overrides[0], *self.payload)
             process = self.context.Process(target=_compose_and_train, args=arguments)
         else:
-            process = self.context.Process(target=_train_planned, args=(theirs, job.runs))
+            process = self.context.Process(target=_train_planned, args=(theirs, job.runs, job.alone))
         process.start()
         theirs.close()
         self.running[ours] = Child(job, process, _trace(job), time.monotonic())
@@ -253,7 +254,7 @@ class _Pool:
             trace = _trace(child.job)
             if trace != child.trace:
                 child.trace, child.moved_s = trace, now
-            elif now - child.moved_s > self.stall_s:
+            elif now - child.moved_s > self.stall_s * len(child.job.indices):  # they are tested one after the other
                 child.job.stalled = True
                 child.process.kill()
 
@@ -285,7 +286,7 @@ class _Pool:
             child.process.kill()
 
 
-def _train_planned(connection: Connection, runs: list[Any]) -> None:
+def _train_planned(connection: Connection, runs: list[Any], alone: bool) -> None:
     """In a process of their own: train runs that the sweeper has planned, and say how each went.
 
     Where several fail by one error, that error alone is said: they are to be tried one by one.
@@ -294,7 +295,9 @@ def _train_planned(connection: Connection, runs: list[Any]) -> None:
 
     threading.Thread(target=_stop_with_launcher, args=(connection,), daemon=True).start()
     try:
-        said = [_end(record["status"] != "failed", record, record["cause"]) for record in execute_group(runs)]
+        said = [
+            _end(record["status"] != "failed", record, record["cause"]) for record in execute_group(runs, alone=alone)
+        ]
     except (KeyboardInterrupt, Interrupted) as error:  # the launcher is to hear of it
         said = [_end_of(run, f"{type(error).__name__}: {error}") for run in runs]
     except Exception as error:
