@@ -29,7 +29,7 @@ from gnbench.plan import Run, num_cores, plan_run
 from gnbench.recipe import Recipe
 from hydra_plugins.gnbench.cores import Cores
 from hydra_plugins.gnbench.grid import Grid
-from hydra_plugins.gnbench.plan import Plan
+from hydra_plugins.gnbench.plan import Plan, PlanConf
 
 REFUSED = 2  # exit status of a command that was refused
 FAILED = 1  # of one in which a run failed
@@ -75,6 +75,8 @@ def train_one(cfg: DictConfig) -> dict:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _train(plan(cfg, in_sweep=True), progress=False)
     with _exit_on_error():  # here, because Hydra adds lines of its own to an error that leaves a single run
+        if HydraConfig.get().launcher._target_ == PlanConf._target_:
+            raise UserError("hydra/launcher=plan tells of a sweep and this is a single run: -m makes it a sweep of one")
         run = plan(cfg, in_sweep=False)
         record = _train(run, progress=True)
         print(f"{describe(record)}\n{run.directory}")

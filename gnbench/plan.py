@@ -83,7 +83,7 @@ def plan_run(config: dict, default_threads: int) -> Run:
         raise UserError(
             f"norm.norm_batch_size={own} is not legal: set norm_batch_size={own}, which the norm then takes"
         )
-    images = _images(json.dumps(config["data"]))
+    images = unverified_images(json.dumps(config["data"]))
     num_train, _ = split_sizes(images, config["data"]["train_size"], config["data"]["val_size"])
     recipe.total_steps(num_train)  # there is at least one batch
     identity = digest(config, images.fingerprint)
@@ -110,7 +110,8 @@ def load_images(node: dict, verify: bool = True) -> Images:
 
 
 @functools.cache  # a sweep plans hundreds of runs on one data set
-def _images(node_json: str) -> Images:
+def unverified_images(node_json: str) -> Images:
+    """The images of a `data` node, as JSON, whose fingerprint and sizes are wanted rather than their pixels."""
     return load_images(json.loads(node_json), verify=False)
 
 

@@ -261,7 +261,7 @@ def _explain(error: Exception) -> str:
 def _train_recorded(members: list[_Member], progress: bool, alone: bool) -> None:
     config = members[0].run.config
     device = choose_device(config["device"], config["precision"])
-    _set_arithmetic(config)
+    set_arithmetic(config)
     for member in members:
         member.training = make_training(member.run, device)
     for digests, lanes in _line_up(members, keep_lanes=not alone and config["engine"] != "eager"):
@@ -311,7 +311,7 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
                 pause.stop_here()
 
 
-def _set_arithmetic(config: dict) -> None:
+def set_arithmetic(config: dict) -> None:
     """Threads, memory, matrix products and the choice of algorithms, for the whole process."""
     torch.set_num_threads(config["num_threads"])
     keep_freed_memory()

@@ -225,7 +225,7 @@ class _Pool:
             said = None
         connection.close()
         child.process.join()
-        end = f"process ended with {_exit_word(child.process.exitcode)}"
+        end = f"process ended with {exit_word(child.process.exitcode)}"
         if job.stalled:
             said = f"no progress for {self.stall_s:g} s, so its process was killed"
         elif said is None and job.tries < TRIES:
@@ -272,7 +272,7 @@ class _Pool:
         left = self.num_runs - len(self.returns)
         print(
             f"[{len(self.returns)}/{self.num_runs}] {line}" + (f" | {failed} failed" if failed else "")
-            + (f" | {left} left, about {_duration(left_s)}" if left else f" | all in {_duration(elapsed_s)}"),
+            + (f" | {left} left, about {duration(left_s)}" if left else f" | all in {duration(elapsed_s)}"),
             flush=True,
         )  # fmt: skip
 
@@ -368,11 +368,11 @@ def _trace(job: Job) -> list:
     return trace
 
 
-def _exit_word(code: int | None) -> str:
+def exit_word(code: int | None) -> str:
     return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit status {code}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -15,8 +15,6 @@ from omegaconf import DictConfig
 from gnbench.errors import SweepFailed, UserError
 from gnbench.record import LOG, RECORD, load_record
 from hydra_plugins.gnbench.composer import Composer
-from hydra_plugins.gnbench.cores import Cores
-from hydra_plugins.gnbench.plan import Plan
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Grid(Sweeper):
             runs.setdefault(run.directory, (run, overrides))
         left = [(run, overrides) for run, overrides in runs.values() if not run.is_finished()]
         count = _count(len(cells), len(runs), len(left))
-        if isinstance(self.launcher, Plan):
+        if hasattr(self.launcher, "tell"):  # what would be done, of finished runs too, and does nothing
             _check(left)
             self.launcher.tell(count, [run for run, _ in runs.values()], [run for run, _ in left])
             return []
@@ -64,7 +62,7 @@ class Grid(Sweeper):
         if not left:
             return []
         _check(left)
-        if isinstance(self.launcher, Cores):
+        if hasattr(self.launcher, "runs"):  # it takes them as they are planned, and composes nothing again
             self.launcher.runs = [run for run, _ in left]
         returns = list(self.launcher.launch([overrides for _, overrides in left], initial_job_idx=0))
         _raise_failures([run for run, _ in left], returns)

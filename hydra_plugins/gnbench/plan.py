@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 
 from gnbench.errors import UserError
-from hydra_plugins.gnbench.cores import Cores, _duration, _exit_word
+from hydra_plugins.gnbench.cores import Cores, duration, exit_word
 
 if TYPE_CHECKING:  # --help need not wait for torch and pandas
     import pandas as pd
@@ -52,13 +52,7 @@ class PlanConf:
     seeds_per_process: int | None = None
 
 
-ConfigStore.instance().store(
-    group="hydra/launcher",
-    name="plan",
-    package="_global_",
-    node={"hydra": {"mode": "MULTIRUN", "launcher": PlanConf}},  # a single run is a sweep of one: it is not trained
-    provider="gnbench",
-)
+ConfigStore.instance().store(group="hydra/launcher", name="plan", node=PlanConf, provider="gnbench")
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Calibration:
     """What a process takes to train its seeds, as measured for a short time."""
 
     engine: str
-    setup_s: float  # before the first step
+    setup_s: float  # from the start of its process to the first step
     step_s: float  # of all its seeds; their batches of images too
     test_s: float  # of one seed: a test of an epoch,
     val_s: float  # the held-out images of an epoch,
@@ -124,6 +118,9 @@ class Plan(Cores):
             flush=True,
         )
         context = self._context()
+        warm_up = context.Process(target=int)  # the first process of all waits for imports
+        warm_up.start()
+        warm_up.join()
         with ThreadPoolExecutor(self._num_processes()) as pool:
             measured = pool.map(lambda group: _calibrate_aside(context, group), kinds.values())
             return dict(zip(kinds, measured, strict=True))
@@ -136,7 +133,7 @@ class Plan(Cores):
             return ["nothing is left to do"]
         work = [count_work(run) for run in left]
         lines = [f"left: {len(left)} runs, {sum(w.steps for w in work)} steps, {sum(w.images for w in work)} images"]
-        known = [calibration for calibration in calibrations.values() if isinstance(calibration, Calibration)]
+        known = [calibration for calibration in calibrations.values() if not isinstance(calibration, str)]
         if known:
             in_order = sorted(groups, key=lambda group: -sum(run.cost for run in group))  # as Cores starts them
             times = [estimate_time(group, calibrations[_kind(group)]) for group in in_order]
@@ -145,13 +142,13 @@ class Plan(Cores):
             least = "" if all(calibration.whole for calibration in known) else "at least "
             whose = " of the GPU" if self._on_gpu() else ""
             lines += [
-                f"estimated: {_format_time(total_s)} on this machine by {self._num_processes()} processes side by "
-                f"side, {least}{memory:.0f} MB of memory{whose} a process at its peak",
-                "the estimate counts each epoch's tests, the errors by statistics at the end, and every run from its "
-                "start; it leaves out checkpoints, and whatever else the machine will have to do",
+                f"estimated: {_format_time(total_s)} on this machine with up to {self._num_processes()} processes side "
+                f"by side; {least}about {memory:.0f} MB of memory{whose} a process at its peak",
+                "it counts the tests of every epoch, the errors by statistics at the end, and each run from its start;",
+                "it leaves out checkpoints, and whatever else the machine will have to do",
             ]
         if any("compiled" in calibration.engine for calibration in known):
-            lines.append("it is without torch.compile, which these runs wait for, half a minute each, and gain by")
+            lines.append("it leaves out torch.compile, which some runs wait for, half a minute each, and gain by")
         failures = {reason: None for reason in calibrations.values() if isinstance(reason, str)}
         lines += [f"without an estimate, and not in the total: {reason}" for reason in failures]
         return lines
@@ -196,7 +193,7 @@ def tabulate(runs: list[Any], groups: list[list[Any]], calibrations: dict[str, C
                 "steps": work.steps,
                 "images": work.images,
                 "executed as": _describe(own),
-                "time": "–" if not own or None in times else _format_time(sum(times)),
+                "estimated time": "–" if not own or None in times else _format_time(sum(times)),
             }
         )
     names = find_names([of_cell[0].config for of_cell in cells.values()])
@@ -207,8 +204,9 @@ def find_names(configs: list[dict]) -> "pd.DataFrame":
     """What tells cells apart, a row a config: norm, batch_size, norm_batch_size, and other keys where these do not."""
     import pandas as pd
 
-    frame = pd.json_normalize(configs).drop(columns="seed")
-    frame = frame.apply(lambda column: column.map(lambda value: "–" if value is None else str(value)))
+    as_typed = json.loads(json.dumps(configs), parse_int=str, parse_float=str)  # pandas would make 2 and null 2.0
+    frame = pd.json_normalize(as_typed).drop(columns="seed")
+    frame = frame.astype(object).where(frame.notna(), "–").astype(str)
     names = list(NAMES)
     for key in ("model.name", "data.name", *frame):  # a name first: it says more than what differs with it
         if key not in names and frame.groupby(names)[key].nunique(dropna=False).max() > 1:
@@ -260,20 +258,24 @@ def schedule(times: Iterable[float], num_processes: int) -> float:
     return max(free)
 
 
-def calibrate(runs: list[Any]) -> Calibration:
-    """Train and test the runs of a group for a short time, in this process, and throw the result away."""
+def calibrate(runs: list[Any], started_s: float) -> Calibration:
+    """Train and test the runs of a group for a short time, in this process, and throw the result away.
+
+    Args:
+        started_s: when the process was started, by time.time().
+    """
     from gnbench.engine import make_engine
-    from gnbench.run import _set_arithmetic, choose_device, make_training
+    from gnbench.run import choose_device, make_training, set_arithmetic
     from gnbench.train import RESPONSE, peak_memory_mb
 
     config = runs[0].config
     device = choose_device(config["device"], config["precision"])
-    _set_arithmetic(config)
-    started = time.perf_counter()
+    set_arithmetic(config)
     trainings = [make_training(run, device) for run in runs]
     engine = make_engine(trainings, config["engine"])
-    setup_s = time.perf_counter() - started
-    if "compiled" in engine.name:  # half a minute for which a plan does not wait
+    setup_s = time.time() - started_s
+    name = engine.name
+    if "compiled" in name:  # half a minute for which a plan does not wait
         engine.network = trainings[0].model
     step_s = _measure_step(engine)
     lead = trainings[0]
@@ -283,7 +285,7 @@ def calibrate(runs: list[Any]) -> Calibration:
     largest = _largest_batch(num_test)
     responses = largest if hasattr(lead.model, RESPONSE) else 0
     return Calibration(
-        engine=engine.name,
+        engine=name,
         setup_s=setup_s,
         step_s=step_s,
         test_s=image_s * (num_test + responses),
@@ -338,6 +340,7 @@ def _measure_evaluation(training: "Training") -> tuple[float, int]:
     test_images(few)
     foretold_s = _time(lambda: test_images(few)) / few
     count = min(_largest_batch(len(test)), max(few, int(EVALUATION_S / foretold_s)))
+    test_images(count)
     return _time(lambda: test_images(count)) / count, count
 
 
@@ -391,27 +394,27 @@ def _synchronize(training: "Training") -> None:
 def _calibrate_aside(context: Any, runs: list[Any]) -> Calibration | str:
     """The calibration of a group in a process of its own, or why there is none."""
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send_calibration, args=(theirs, runs), daemon=True)
+    process = context.Process(target=_send_calibration, args=(theirs, runs, time.time()), daemon=True)
     process.start()
     theirs.close()
     name = f"{runs[0].config['norm']['name']} batch_size={runs[0].config['batch_size']}"
     try:
         if ours.poll(LIMIT_S):
             said = ours.recv()
-            return said if isinstance(said, Calibration) else f"{name}: {said}"
+            return f"{name}: {said}" if isinstance(said, str) else said
         process.kill()
         return f"{name}: its calibration took more than {LIMIT_S:.0f} s"
     except EOFError:
         process.join()
-        return f"{name}: the process of its calibration ended with {_exit_word(process.exitcode)}"
+        return f"{name}: the process of its calibration ended with {exit_word(process.exitcode)}"
     finally:
         process.join()
         ours.close()
 
 
-def _send_calibration(connection: Connection, runs: list[Any]) -> None:
+def _send_calibration(connection: Connection, runs: list[Any], started_s: float) -> None:
     try:
-        connection.send(calibrate(runs))
+        connection.send(calibrate(runs, started_s))
     except Exception as error:  # a stranger's norm may raise anything
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -428,10 +431,10 @@ def _kind(group: list[Any]) -> str:
 
 def _num_train(data_json: str) -> int:
     from gnbench.datasets.split import split_sizes
-    from gnbench.plan import _images
+    from gnbench.plan import unverified_images
 
     data = json.loads(data_json)
-    return split_sizes(_images(data_json), data["train_size"], data["val_size"])[0]
+    return split_sizes(unverified_images(data_json), data["train_size"], data["val_size"])[0]
 
 
 def _describe(groups: list[list[Any]]) -> str:
@@ -443,4 +446,4 @@ def _describe(groups: list[list[Any]]) -> str:
 
 
 def _format_time(seconds: float) -> str:
-    return f"about {_duration(seconds)}"
+    return "under 1 s" if seconds < 1 else f"about {duration(seconds)}"
