@@ -16,8 +16,7 @@ from gnbench.analysis.table import NORM_LABELS
 from gnbench.build import depends_on_batch
 from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.configs import choices, describe_norm, load_group, partial
-from gnbench.data import Dataset
-from gnbench.engine import Eager, Fused
+from gnbench.engine import Eager
 from gnbench.models import brings_activation
 from gnbench.plan import plan_run
 from gnbench.precise_bn import batch_statistics, layers_with_statistics, update_precise_statistics
@@ -182,26 +181,6 @@ def test_every_norm_learns_on_a_residual_network(name):
     model = gnbench.model("resnet8", norm=norm, num_classes=3)
     training = finish(Training(model, make_training("none").dataset, Recipe(**{**SHORT, "epochs": 4}), seed=0))
     assert training.progress.history[-1]["train_loss"] < 0.75 * math.log(3)
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_seeds_as_one_network_train_as_each_alone(monkeypatch, name):
-    normalize = Dataset.normalize
-    monkeypatch.setattr(Dataset, "normalize", lambda dataset, images: normalize(dataset, images).double())
-
-    def make_trainings() -> list[Training]:
-        trainings = [make_zoo_training(name, seed, epochs=1, max_steps=6) for seed in (0, 1)]
-        for training in trainings:
-            training.model.double()
-        return trainings
-
-    alone, together = make_trainings(), make_trainings()
-    for training in alone:
-        train(Eager(training), lambda: None)
-    train(Fused(together), lambda: None)
-    for one, other in zip(alone, together, strict=True):
-        for key, value in other.model.state_dict().items():
-            torch.testing.assert_close(value, one.model.state_dict()[key], msg=key)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18", "resnet50"])
