@@ -101,7 +101,9 @@ def unpack_archive(name: str, path: Path, scratch: Path) -> Images:
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
         with tarfile.open(path, "r:gz") as archive:
-            archive.extractall(scratch, filter="data")
+            _check_members(archive, scratch)
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python below 3.11.4 has none
+            archive.extractall(scratch)
         train, test = dataset(scratch, train=True), dataset(scratch, train=False)  # these check each file's MD5
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"cannot unpack {path} in {scratch.parent}: {error}") from error
@@ -117,3 +119,11 @@ def unpack_archive(name: str, path: Path, scratch: Path) -> Images:
         test_images=np.ascontiguousarray(test.data),
         test_labels=np.array(test.targets, dtype=np.int64),
     )
+
+
+def _check_members(archive: tarfile.TarFile, directory: Path) -> None:
+    """Raise TarError where an archive holds anything but files and directories, or one outside of `directory`."""
+    for member in archive.getmembers():
+        inside = (directory / member.name).resolve().is_relative_to(directory.resolve())
+        if not inside or not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name} is not a file inside of it")
