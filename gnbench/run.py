@@ -25,7 +25,7 @@ from gnbench.checkpoint import CURRENT, PREVIOUS, delete_checkpoints, load_check
 from gnbench.configs import arguments, partial
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
-from gnbench.engine import keep_freed_memory, make_engine
+from gnbench.engine import check_engine, keep_freed_memory, make_engine
 from gnbench.errors import UserError
 from gnbench.models import norm_and_activation
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
@@ -50,14 +50,14 @@ def check_runs(runs: list[Run]) -> None:
     """Build every norm on every channel count of its model, before any training.
 
     Raises:
-        UserError: a norm cannot be built there, or the device is not to be had.
+        UserError: a norm cannot be built there, or the device or the engine is not to be had.
     """
     checked = set()
     for run in runs:
-        key = repr((run.config["norm"], run.config["model"], run.config["device"], run.config["precision"]))
+        key = repr([run.config[name] for name in ("norm", "model", "device", "precision", "engine")])
         if key not in checked:
             checked.add(key)
-            choose_device(run.config["device"], run.config["precision"])
+            check_engine(run.config["engine"], choose_device(run.config["device"], run.config["precision"]))
             params = ", ".join(f"{k}={v}" for k, v in arguments(run.config["norm"]).items())
             label = f"norm={run.config['norm']['name']} ({params})"
             check_norm(run.config["model"], partial(run.config["norm"]), label)
@@ -301,12 +301,12 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
         pause = _Pause(digests, members, engine, attempt, stop, bar)
         train(engine, pause, drop)
         crash_at("trained")
-        for training in list(engine.members):
+        while engine.members:
+            training = engine.members.pop(0)
             attempt(
                 training,
                 lambda training=training: members[training].finish(status="done", result=summarize(training)),
             )
-            engine.members.remove(training)
             if stop and engine.members:
                 pause.stop_here()
 

@@ -382,6 +382,30 @@ def test_a_diverged_member_that_cannot_write_leaves_the_others_be(wholes, tmp_pa
     assert outcome(runs[0]) == outcome(wholes[0])
 
 
+def test_a_member_that_cannot_be_summarized_fails_alone(wholes, tmp_path, monkeypatch):
+    runs = elsewhere(wholes, tmp_path)
+
+    def fail_for_one(training):
+        if training.seed == SEEDS[1]:
+            raise MemoryError("of its test")
+        return summarize(training)
+
+    monkeypatch.setattr(run_module, "summarize", fail_for_one)
+    kept = execute_group(runs)
+    assert [record["status"] for record in kept] == ["done", "failed", "done"]
+    assert kept[1]["cause"] == "out of memory: MemoryError: of its test"
+    for place in (0, 2):
+        assert outcome(runs[place]) == outcome(wholes[place])
+
+
+def test_an_engine_that_the_device_lacks_is_refused_before_training(gnbench, tmp_path):
+    words = ("-m", "data=tiny", "model=resnet8", "norm=gn", "batch_size=8", "epochs=1", "results=out", "device=cpu")
+    refused = gnbench(*words, "engine=cuda_graph")
+    assert refused.returncode == 2
+    assert refused.stderr == "gnbench: engine=cuda_graph is not legal on device=cpu: it is auto or eager there\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stop_while_members_are_being_summarized_keeps_the_rest(wholes, tmp_path, monkeypatch):
     runs = elsewhere(wholes, tmp_path)
 

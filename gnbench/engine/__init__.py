@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from gnbench.engine.eager import Eager
@@ -20,7 +21,7 @@ from gnbench.errors import UserError
 from gnbench.norms.batch import BatchNorm
 from gnbench.train import Engine, Training
 
-__all__ = ["CudaGraph", "Eager", "Fused", "keep_freed_memory", "make_engine", "most_lanes", "share_out"]
+__all__ = ["CudaGraph", "Eager", "Fused", "check_engine", "keep_freed_memory", "make_engine", "most_lanes", "share_out"]
 
 MOST_LANES = 8  # seeds as one network: 16 were no faster
 MOST_FUSED_BATCH = 8  # larger batches fill a CPU's kernels by themselves
@@ -38,14 +39,13 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
         engine: eager is the reference, for a single training; auto takes what is faster; cuda_graph records the step.
 
     Raises:
-        UserError: cuda_graph is asked for on another device than a GPU.
+        UserError: the device does not have the engine, or gradients are to be clipped over several seeds.
     """
     training = next(training for training in lanes if training is not None)
     recipe, device = training.recipe, training.dataset.mean.device
     modules = list(training.model.modules())
     channels_last = device.type == "cpu" and engine == "auto" and not _needs_channels_first(modules, recipe.batch_size)
-    if engine == "cuda_graph" and device.type != "cuda":
-        raise UserError(f"engine=cuda_graph is not legal on device={device.type}: it is auto or eager there")
+    check_engine(engine, device)
     if len(lanes) > 1:
         if recipe.clip_grad_norm is not None:
             raise UserError("clip_grad_norm is of each seed's own gradients: its seeds are not trained as one network")
@@ -55,6 +55,16 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
         long = training.total_steps * recipe.batch_size >= WORTH_COMPILING
         made = Eager(training, channels_last, compiled=channels_last and is_bn and long)
     return CudaGraph(made) if engine == "cuda_graph" else made
+
+
+def check_engine(engine: str, device: torch.device) -> None:
+    """Refuse an engine that a device does not have.
+
+    Raises:
+        UserError: cuda_graph is asked for on another device than a GPU.
+    """
+    if engine == "cuda_graph" and device.type != "cuda":
+        raise UserError(f"engine=cuda_graph is not legal on device={device.type}: it is auto or eager there")
 
 
 def _needs_channels_first(modules: list[nn.Module], batch_size: int) -> bool:

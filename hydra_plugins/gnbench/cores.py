@@ -226,7 +226,7 @@ class _Pool:
         connection.close()
         child.process.join()
         end = f"process ended with {exit_word(child.process.exitcode)}"
-        if job.stalled:
+        if said is None and job.stalled:
             said = f"no progress for {self.stall_s:g} s, so its process was killed"
         elif said is None and job.tries < TRIES:
             print(f"a run's {end}; trying it once more", flush=True)
