@@ -2,9 +2,10 @@
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from gnbench.analysis.report import write_report
-from gnbench.configs import choices
+from gnbench.configs import CONFIGS, choices
 
 TINY = ("data=tiny", "model=resnet8", "num_threads=1", "epochs=2", "precise_images=32")
 SMALLER = {  # what is typed to make each sweep toy-sized, how many runs it then has, and a figure that it is for
@@ -17,12 +18,18 @@ SMALLER = {  # what is typed to make each sweep toy-sized, how many runs it then
     "batch_renorm": ("seed=0 max_steps=2", 3, "error_vs_batch_size.png"),
     "responses": ("model=vgg16 data.size=32 batch_size=8 seed=0 max_steps=1", 3, "responses.png"),
     "tune": ("norm=bn,gn batch_size=8 base_lr=0.2,0.1 data.val_size=12 max_steps=2", 4, "error_vs_learning_rate.png"),
+    "zoo": ("norm=mabn,frn batch_size=8 norm_batch_size=8,2 seed=0 max_steps=1", 3, "error_vs_norm_batch_size.png"),
     "quick": ("norm=bn,gn batch_size=8,2 seed=0 max_steps=2", 4, "error_vs_batch_size.png"),
 }
 
 
 def test_every_sweep_is_tried_here():
     assert set(SMALLER) | {"tuned"} == set(choices("sweep"))
+
+
+def test_the_zoo_leaves_no_norm_out():
+    listed = OmegaConf.load(CONFIGS / "sweep" / "zoo.yaml")["hydra"]["sweeper"]["params"]["norm"].split(",")
+    assert sorted([*listed, "custom"]) == sorted(choices("norm"))
 
 
 @pytest.mark.parametrize("name", SMALLER)
