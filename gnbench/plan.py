@@ -34,6 +34,11 @@ class Run:
         return self.directory.name
 
     @property
+    def cell(self) -> str:
+        """What it has in common with the runs that differ from it by their seeds alone."""
+        return repr({key: value for key, value in self.config.items() if key != "seed"})
+
+    @property
     def cost(self) -> float:
         """Its work relative to other runs: a step takes about as long as 2 images more than it has."""
         return self.config["epochs"] * (1 + 2 / self.config["batch_size"])

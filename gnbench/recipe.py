@@ -69,6 +69,14 @@ class Recipe:
         steps = self.epochs * self.steps_per_epoch(num_images)
         return min(steps, self.max_steps) if self.max_steps else steps
 
+    def num_epochs(self, num_images: int) -> int:
+        """Epochs that the training enters: `max_steps` may end it early."""
+        return math.ceil(self.total_steps(num_images) / self.steps_per_epoch(num_images))
+
+    def is_tested(self, epoch: int, num_images: int) -> bool:
+        """Whether the test images are measured at the end of `epoch`, from 1."""
+        return epoch % self.test_every == 0 or epoch > self.num_epochs(num_images) - self.report_epochs
+
     def learning_rate(self, step: int, num_images: int) -> float:
         """Learning rate of update `step` (from 0): peak * warm-up(step) * schedule(step / total steps).
 

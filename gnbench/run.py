@@ -542,14 +542,15 @@ def _environment(run: Run, device: torch.device) -> dict:
         "torch": torch.__version__,
         "torchvision": import_torchvision().__version__,
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": name_processor(),
         "cores": num_cores(),
         "num_threads": run.config["num_threads"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
 
-def _processor() -> str:
+def name_processor() -> str:
+    """The processor's model, as its maker calls it."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -16,6 +16,7 @@ from gnbench.evaluate import error_by_statistics, evaluate, response_percentiles
 from gnbench.recipe import Recipe
 
 RESPONSE = "response"  # a model's module of this name has the percentiles of its output recorded
+MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
 STEPS_PER_CHECK = 100  # between two looks at the loss: a look makes a GPU wait
 
 
@@ -138,7 +139,7 @@ def _train_epoch(engine: Engine, pause: Callable[[], None], drop: Callable[[Trai
         for training in members
     }
     loss_sums, num_errors = _gather_sums(members)
-    engine.set_train_mode(frozen=epoch >= _num_epochs(lead) - recipe.frozen_epochs)
+    engine.set_train_mode(frozen=epoch >= recipe.num_epochs(len(dataset.train)) - recipe.frozen_epochs)
     while step < epoch_end and members:
         if len(loss_sums) != len(members):  # one has left
             loss_sums, num_errors = _gather_sums(members)
@@ -184,11 +185,6 @@ def _drop_diverged(members: list[Training], epoch: int, drop: Callable[[Training
         drop(training, error)
 
 
-def _num_epochs(training: Training) -> int:
-    """Epochs that the training enters: `max_steps` may end it early."""
-    return math.ceil(training.total_steps / training.steps_per_epoch)
-
-
 def summarize(training: Training) -> dict:
     """A finished training's numbers: `test_error` is the median over the last `report_epochs`, never the best."""
     history, recipe = training.progress.history, training.recipe
@@ -222,15 +218,15 @@ def peak_memory_mb(device: torch.device) -> float:
 def _end_epoch(training: Training, epoch: int) -> None:
     """Turn the epoch's sums into a row of the history."""
     progress, recipe = training.progress, training.recipe
-    tested = epoch % recipe.test_every == 0 or epoch > _num_epochs(training) - recipe.report_epochs
+    num_train = len(training.dataset.train)
     progress.history.append(
         {
             "epoch": epoch,
             "step": progress.step,
-            "lr": recipe.learning_rate(progress.step - 1, len(training.dataset.train)),
+            "lr": recipe.learning_rate(progress.step - 1, num_train),
             "train_loss": float(progress.loss_sum) / progress.num_images,
             "train_error": 100 * int(progress.num_errors) / progress.num_images,
-            **_measure(training, tested),
+            **_measure(training, recipe.is_tested(epoch, num_train)),
             "time_s": progress.time_s,
             "peak_memory_mb": peak_memory_mb(training.dataset.mean.device),
         }

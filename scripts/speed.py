@@ -14,9 +14,7 @@ up to 8 seeds of a cell; a sweep of fewer seeds gains less.
 import argparse
 import json
 import multiprocessing
-import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,8 +33,9 @@ from gnbench.data import Dataset, Split, train_batches
 from gnbench.engine import keep_freed_memory, make_engine, most_lanes
 from gnbench.plan import num_cores
 from gnbench.recipe import Recipe
+from gnbench.run import name_processor
 from gnbench.torchvision_compat import import_torchvision
-from gnbench.train import Training
+from gnbench.train import Training, peak_memory_mb
 from hydra_plugins.gnbench.cores import MOST_ON_A_GPU
 
 WAYS = ("common", "eager", "gnbench")
@@ -160,7 +159,7 @@ def matrix_products(device: str):
         yield 2 * size**3
 
 
-def serve(connection, make) -> None:
+def serve(connection, make, device: str) -> None:
     """In a process: build a loop, report how long its first step took, then count for so many seconds when told."""
     started = time.perf_counter()
     loop = make()
@@ -175,7 +174,7 @@ def serve(connection, make) -> None:
         while time.perf_counter() - started < seconds:
             count += next(loop)
         wait_for_device()
-        connection.send((count / (time.perf_counter() - started), peak_memory_mb()))
+        connection.send((count / (time.perf_counter() - started), peak_memory_mb(torch.device(device))))
 
 
 def wait_for_device() -> None:
@@ -184,21 +183,15 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory_mb() -> float:
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 class Workers:
     """Processes that do the same side by side; their rates add up to the machine's."""
 
-    def __init__(self, number: int, make) -> None:
+    def __init__(self, number: int, make, device: str) -> None:
         context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         self.pipes, self.processes = [], []
         for _ in range(number):
             ours, theirs = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(theirs, make)))
+            self.processes.append(context.Process(target=serve, args=(theirs, make, device)))
             self.processes[-1].start()
             theirs.close()  # so that a process that dies is heard of
             self.pipes.append(ours)
@@ -238,7 +231,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
     shuffle = random.Random(0).sample
     try:
         for way, (number, make) in makers.items():
-            workers[way] = Workers(number, make)
+            workers[way] = Workers(number, make, device)
         for _ in range(options.rounds):
             for way in shuffle(list(makers), len(makers)):  # whoever comes after the loader's workers has them to bear
                 rates[way].append(workers[way].measure(options.seconds))
@@ -322,10 +315,7 @@ def draw(rows: list[dict], limit: float, title: str, path: Path) -> None:
 
 
 def describe_machine(device: str) -> str:
-    name = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine()
-    if sys.platform == "linux" and device == "cpu":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    name = torch.cuda.get_device_name() if device != "cpu" else name_processor()
     return f"{num_cores()} cores of {name}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -23,7 +23,7 @@ from gnbench.train import Engine, Training
 
 __all__ = ["CudaGraph", "Eager", "Fused", "check_engine", "keep_freed_memory", "make_engine", "most_lanes", "share_out"]
 
-MOST_LANES = 8  # seeds as one network: 16 were no faster
+MOST_LANES = 8  # seeds as one network: with so many, even batches of 2 fill the kernels
 MOST_FUSED_BATCH = 8  # larger batches fill a CPU's kernels by themselves
 MOST_FUSED_BATCH_ON_GPU = 128
 WORTH_COMPILING = 1_000_000  # images in a training; half a minute of compiling against minutes of gain
@@ -33,7 +33,8 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     """The engine of the trainings in `lanes`, of which several make one network.
 
     What is taken depends on the whole training, not on what is left of it, so that a resumed one goes on with the same
-    arithmetic. On a CPU, torch.compile gains an eighth with BN, and nothing with norms that look at one image.
+    arithmetic. On a CPU, torch.compile is taken for BN alone: for norms that look at one image, Inductor's code is not
+    faster than torch's kernels.
 
     Args:
         engine: eager is the reference, for a single training; auto takes what is faster; cuda_graph records the step.

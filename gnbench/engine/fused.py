@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from gnbench.engine.eager import forward, set_learning_rate, set_train_mode
 from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
-from gnbench.train import Training, make_optimizer
+from gnbench.train import MOMENTUM, Training, make_optimizer
 
 Lanes = Sequence[nn.Module | None]  # one module a lane, of the same kind; None where a lane is empty
 Links = list[tuple[nn.Parameter, list[nn.Parameter | None]]]  # a fused parameter and the lanes' parts of it
-MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
 
 
 class Fused:
@@ -62,7 +61,7 @@ class Fused:
     def update(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """A step at the rate that is set: what runs on the device."""
         lead = self.members[0]
-        present = [lane for lane, training in enumerate(self.lanes) if any(training is each for each in self.members)]
+        present = [lane for lane, training in enumerate(self.lanes) if training in self.members]
         images, labels = self._spread(batches, present)
         logits = forward(self.network, images, lead.precision)
         lanes = logits.unflatten(1, (len(self.lanes), -1)).unbind(1)  # (B, L * K) -> L of (B, K)

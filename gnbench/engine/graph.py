@@ -7,9 +7,8 @@ from torch import Tensor
 
 from gnbench.engine.eager import Eager
 from gnbench.engine.fused import Fused
-from gnbench.train import Training
+from gnbench.train import MOMENTUM, Training
 
-MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
 WARM_UP_STEPS = 3  # before a capture, so that libraries have chosen their kernels and taken their memory
 Replay = Callable[[], None]
 

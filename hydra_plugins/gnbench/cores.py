@@ -134,7 +134,7 @@ class Cores(Launcher):
 
         cells: dict[str, list[int]] = {}
         for index, run in enumerate(runs):
-            cells.setdefault(repr({k: v for k, v in run.config.items() if k != "seed"}), []).append(index)
+            cells.setdefault(run.cell, []).append(index)
         fill = -(-len(runs) // self._num_processes())  # more in one process would leave others without work
         groups = []
         for cell in cells.values():

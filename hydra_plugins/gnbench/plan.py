@@ -179,9 +179,9 @@ def tabulate(runs: list[Any], groups: list[list[Any]], calibrations: dict[str, C
     cells: dict[str, list[Any]] = {}
     groups_of: dict[str, list[list[Any]]] = {}
     for run in runs:
-        cells.setdefault(_cell(run), []).append(run)
+        cells.setdefault(run.cell, []).append(run)
     for group in groups:
-        groups_of.setdefault(_cell(group[0]), []).append(group)
+        groups_of.setdefault(group[0].cell, []).append(group)
     rows = []
     for cell, of_cell in cells.items():
         own = groups_of.get(cell, [])
@@ -219,9 +219,9 @@ def count_work(run: Any) -> Work:
     from gnbench.plan import make_recipe
 
     recipe, num_train = make_recipe(run.config), _num_train(json.dumps(run.config["data"]))
-    steps, steps_per_epoch = recipe.total_steps(num_train), recipe.steps_per_epoch(num_train)
-    epochs = math.ceil(steps / steps_per_epoch)
-    return Work(steps, count_images(recipe, num_train), epochs, count_tests(recipe, epochs))
+    epochs = recipe.num_epochs(num_train)
+    tests = sum(recipe.is_tested(epoch, num_train) for epoch in range(1, epochs + 1))
+    return Work(recipe.total_steps(num_train), count_images(recipe, num_train), epochs, tests)
 
 
 def count_images(recipe: "Recipe", num_train: int) -> int:
@@ -230,13 +230,6 @@ def count_images(recipe: "Recipe", num_train: int) -> int:
     images_per_epoch = num_train - num_train % size if recipe.drop_last else num_train
     epochs, steps = divmod(recipe.total_steps(num_train), recipe.steps_per_epoch(num_train))
     return epochs * images_per_epoch + steps * size
-
-
-def count_tests(recipe: "Recipe", epochs: int) -> int:
-    """Epochs, of so many, at whose end the test images are measured."""
-    return sum(
-        epoch % recipe.test_every == 0 or epoch > epochs - recipe.report_epochs for epoch in range(1, epochs + 1)
-    )
 
 
 def estimate_time(group: list[Any], calibration: Calibration | str) -> float | None:
@@ -417,10 +410,6 @@ def _send_calibration(connection: Connection, runs: list[Any], started_s: float)
         connection.send(calibrate(runs, started_s))
     except Exception as error:  # a stranger's norm may raise anything
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _cell(run: Any) -> str:
-    return repr({key: value for key, value in run.config.items() if key != "seed"})
 
 
 def _kind(group: list[Any]) -> str:
