@@ -171,7 +171,7 @@ def test_what_another_axis_holds_is_left_out_and_counted(tmp_path):
     write_run(tmp_path, "bn", 32, 0, norm_batch_size=2)
     ax = figures.error_vs_batch_size(table.load(tmp_path))
     assert len(ax.containers[0].lines[0].get_xdata()) == 5
-    assert "1 other runs are in the table" in note(ax)
+    assert "runs of other sizes are in the table: 1" in note(ax)
 
 
 def test_every_norm_of_the_paper_has_its_own_style():

@@ -167,7 +167,7 @@ def error_vs_batch_size(
     positions = sorted(summary["x"].dropna().astype(int).unique())
     styles = style_lines(frame)
     labels = list(summary["label"].unique())
-    crowded = reference is not None or len(labels) > 5
+    crowded = reference is not None or len(labels) > 5 or len(positions) < 2  # one column leaves no room beside it
     ax = new_axes(1, (8.4 if crowded else 5.6, 4.2))[0] if ax is None else ax
     gap = min(0.14, 0.6 / max(1, len(labels)))  # octaves between two norms of one batch size
     for number, label in enumerate(labels):
@@ -214,6 +214,8 @@ def curves(
             _draw_curve(ax, rows[rows["label"] == label], column, line, labels.index(label) / len(labels))
         _crop_start(ax, rows, column)
         ax.set(xlabel=AXIS_LABELS["epoch"], ylabel=AXIS_LABELS.get(column, column))
+        if rows["epoch"].notna().any():  # the same epochs in each panel, whichever were tested
+            ax.set_xlim(rows["epoch"].min() - 0.5, rows["epoch"].max() + 0.5)
     add_legend(axes[-1], [(label, styles[label]) for label in labels])
     notes = [CURVES_NOTE, describe_runs(rows), left_out, *name_gaps(_one_row_a_run(rows))]
     add_figure_note(axes[0].figure, notes)

@@ -109,14 +109,14 @@ def slice_axis(frame: pd.DataFrame, x: str) -> tuple[pd.DataFrame, str]:
     if x == "batch_size" or counts.max() == 1:
         ratio = count_norm_batches(shared)
         off = shared.index[shared["batch_size"] != ratio * shared["norm_batch_size"]]
-        sizes, held = frame["batch_size"].dropna().unique(), f"batch_size = {ratio:g} · norm_batch_size"
-        plain = ratio == 1
+        sizes, plain = frame["batch_size"].dropna().unique(), ratio == 1
+        held = "batch_size = norm_batch_size" if plain else f"batch_size = {ratio:g} · norm_batch_size"
     else:
         off, size = [], max(counts[counts == counts.max()].index)
         sizes, held, plain = [size], f"batch_size = {size}", True
     stays = frame["batch_size"].isin(sizes) & ~frame.index.isin(off)
-    left_out = int((frame["batch_size"].notna() & ~stays).sum())
-    more = f"; {left_out} other runs are in the table" if left_out else ""
+    left_out = len(frame.loc[frame["batch_size"].notna() & ~stays, ["sweep", "run"]].drop_duplicates())
+    more = f"; runs of other sizes are in the table: {left_out}" if left_out else ""
     return frame[stays], "" if plain and not left_out else f"Shown: {held}{more}."
 
 
