@@ -1,15 +1,18 @@
 """The command as a user runs it, the page it writes, and the sentence on top of it."""
 
 import html.parser
+import math
 import os
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic import write_run, write_sweep
 
-from gnbench.analysis import report, table
+from gnbench.analysis import report, statistics, table
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +318,33 @@ def test_headline_stays_short(tmp_path):
         keys = {"norm_keys": {"num_groups": num_groups}}
         write_cells(tmp_path, "gn", {32: (24.0,), 2: (24.5,)}, **keys)
     assert "; 1 more in the table; n = 1" in report.headline(table.load(tmp_path))
+
+
+ERRORS = st.none() | st.floats(0, 100)  # None: the run has not finished
+CELLS = st.tuples(st.sampled_from(["bn", "gn", "in"]), st.sampled_from([32, 8, 2]), st.sampled_from([1, 2]))
+UNFINISHED = ("failed", "diverged", "interrupted", "running")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.dictionaries(st.tuples(CELLS, st.integers(0, 3)), ERRORS, min_size=1, max_size=12), st.data())
+def test_a_report_of_any_part_of_a_grid_counts_and_averages_what_is_there(tmp_path_factory, runs, data):
+    directory = tmp_path_factory.mktemp("part")
+    written: dict[tuple, dict[int, float | None]] = {}
+    for ((norm, batch_size, num_norm_batches), seed), error in runs.items():
+        options = {"norm_batch_size": batch_size // num_norm_batches} if norm == "bn" else {}
+        status = "done" if error is not None else data.draw(st.sampled_from(UNFINISHED))
+        shown = 50.0 if error is None else error
+        write_run(directory, norm, batch_size, seed, test_error=shown, train_error=40.0, status=status, **options)
+        written.setdefault((norm, batch_size, options.get("norm_batch_size", 0)), {})[seed] = error
+    frame = table.load(directory)
+    summary = statistics.summarize(frame)
+    assert len(frame) == sum(map(len, written.values()))
+    assert len(summary) == len(written)
+    cells = summary.set_index(["norm", "batch_size", summary["norm_batch_size"].fillna(0)])
+    for cell, seeds in written.items():
+        errors = [error for error in seeds.values() if error is not None]
+        assert cells.loc[cell, "n"] == len(errors)
+        assert cells.loc[cell, "mean"] == pytest.approx(sum(errors) / len(errors) if errors else math.nan, nan_ok=True)
+    drawn = report.draw_figures(frame, table.curves(directory))
+    assert {"error_vs_batch_size", "error_vs_norm_batch_size"} & set(drawn)
+    assert report.headline(frame)
