@@ -224,6 +224,7 @@ def _flatten_record(record: dict) -> dict:
     config.pop("norm.norm_batch_size", None)
     _check_config(config)
     config["tuned"] = True if config.get("tuned_from") else None  # its base_lr is its own, not a setting of the sweep
+    config["frozen_epochs"] = config.get("frozen_epochs") or None  # where none are, that is no setting to tell
     config["data_fingerprint"] = record.get("data_fingerprint")  # of the images' content, beside their name
     history = [entry for entry in record.get("history") or [] if isinstance(entry, dict)]
     environment = record.get("environment") or {}
