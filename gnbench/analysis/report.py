@@ -171,7 +171,8 @@ def draw_figures(
             drawn[f"error_vs_{x}"] = (f"Test error against {words}", ax.figure)
     if curves_frame["epoch"].notna().any():
         drawn["curves"] = ("Training and test error per epoch", figures.curves(curves_frame)[0].figure)
-        if table.slice_axis(frame, "batch_size")[0]["batch_size"].nunique() > 1:
+        tested = curves_frame.loc[curves_frame["test_error"].notna(), "epoch"].nunique()
+        if tested > 1 and table.slice_axis(frame, "batch_size")[0]["batch_size"].nunique() > 1:
             axes = figures.curves_by_batch_size(curves_frame)
             drawn["curves_by_batch_size"] = ("Test error per epoch at every batch size", axes[0].figure)
     if table.find_groups(frame) is not None:
