@@ -84,8 +84,7 @@ def test_a_packed_array_task_that_is_pre_empted_goes_on_and_ends_like_plain_runs
     words = ("hydra/launcher=slurm", *CPU, "hydra.launcher.runs_per_task=2", "hydra.launcher.array_parallelism=1")
     process = start(tmp_path, *SWEEP, "seed=0,1,2", *words)
     wait_for(lambda: are_under_way(tmp_path / "out", 2))
-    for name in ("SIGTERM", "SIGUSR2"):  # as Slurm takes a node away: to every process of the task
-        subprocess.run(["scancel", "7_0", "--signal", name], check=True)
+    subprocess.run(["scancel", "7_0", "--signal", "SIGUSR2"], check=True)  # to every process of the task, as Slurm does
     stdout, stderr = process.communicate(timeout=240)
     assert (process.returncode, stderr) == (0, ""), stdout
     assert outcomes(tmp_path / "out") == wholes
@@ -103,13 +102,13 @@ def test_a_packed_array_task_that_is_pre_empted_goes_on_and_ends_like_plain_runs
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "signals"),
     [
-        ("hydra/launcher=submitit_local", "checkpoint_s=0.05"),  # at once: all but the last checkpoint is lost
-        ("hydra/launcher=slurm", "hydra.launcher.cluster=local", *CPU),
+        (("hydra/launcher=submitit_local", "checkpoint_s=0.05"), ["SIGUSR2"]),  # which stops it without a checkpoint
+        (("hydra/launcher=slurm", "hydra.launcher.cluster=local", *CPU), ["SIGTERM", "SIGUSR2"]),  # as in a grace time
     ],
 )
-def test_a_submitit_job_on_this_machine_is_queued_again_by_sigusr2_and_goes_on(tmp_path, wholes, launcher):
+def test_a_submitit_job_on_this_machine_is_queued_again_by_sigusr2_and_goes_on(tmp_path, wholes, launcher, signals):
     if launcher[0].endswith("submitit_local"):
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     process = start(tmp_path, *SWEEP, "seed=0", *launcher)
@@ -117,7 +116,10 @@ def test_a_submitit_job_on_this_machine_is_queued_again_by_sigusr2_and_goes_on(t
     (pickle,) = tmp_path.rglob("*_submitted.pkl")
     controller = pickle.name.partition("_")[0]
     task = Path(f"/proc/{controller}/task/{controller}/children").read_text()
-    os.kill(int(task), signal.SIGUSR2)
+    for name in signals:
+        os.kill(int(task), signal.Signals[name])
+        if name == "SIGTERM":  # it stops its runs and waits
+            wait_for(lambda: [record["status"] for record in records(tmp_path / "out")] == ["interrupted"])
     _, stderr = process.communicate(timeout=240)
     assert (process.returncode, stderr) == (0, "")
     (text,) = logs(tmp_path / "out").values()
