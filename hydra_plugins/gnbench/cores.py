@@ -288,7 +288,8 @@ def _train_planned(connection: Connection, runs: list[Any], alone: bool) -> None
     """
     from gnbench.run import Interrupted, execute_group
 
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the server of processes may be shielded from it
+    if hasattr(signal, "pthread_sigmask"):  # the server of processes may be shielded from it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_stop_with_launcher, args=(connection,), daemon=True).start()
     try:
         said = [
