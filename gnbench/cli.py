@@ -30,9 +30,11 @@ from gnbench.recipe import Recipe
 from hydra_plugins.gnbench.cores import Cores
 from hydra_plugins.gnbench.grid import Grid
 from hydra_plugins.gnbench.plan import Plan, PlanConf
+from hydra_plugins.gnbench.slurm import Slurm, SlurmConf
 
 REFUSED = 2  # exit status of a command that was refused
 FAILED = 1  # of one in which a run failed
+FOR_SWEEPS = {PlanConf._target_: "hydra/launcher=plan tells of", SlurmConf._target_: "hydra/launcher=slurm submits"}
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Config(Recipe):
 
 
 ConfigStore.instance().store(name="schema", node=Config)
-for plugin in (Grid, Cores, Plan):  # Hydra's own search for plugins does not see into an editable install
+for plugin in (Grid, Cores, Plan, Slurm):  # Hydra's own search for plugins does not see into an editable install
     Plugins.instance().register(plugin)
 
 
@@ -75,8 +77,8 @@ def train_one(cfg: DictConfig) -> dict:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _train(plan(cfg, in_sweep=True), progress=False)
     with _exit_on_error():  # here, because Hydra adds lines of its own to an error that leaves a single run
-        if HydraConfig.get().launcher._target_ == PlanConf._target_:
-            raise UserError("hydra/launcher=plan tells of a sweep and this is a single run: -m makes it a sweep of one")
+        if does := FOR_SWEEPS.get(HydraConfig.get().launcher._target_):
+            raise UserError(f"{does} a sweep and this is a single run: -m makes it a sweep of one")
         run = plan(cfg, in_sweep=False)
         record = _train(run, progress=True)
         print(f"{describe(record)}\n{run.directory}")

@@ -46,8 +46,11 @@ class Interrupted(Exception):
         self.number = number
 
 
-def check_runs(runs: list[Run]) -> None:
+def check_runs(runs: list[Run], here: bool = True) -> None:
     """Build every norm on every channel count of its model, before any training.
+
+    Args:
+        here: whether they are trained on this machine: only then are the device and the engine asked for.
 
     Raises:
         UserError: a norm cannot be built there, or the device or the engine is not to be had.
@@ -57,7 +60,8 @@ def check_runs(runs: list[Run]) -> None:
         key = repr([run.config[name] for name in ("norm", "model", "device", "precision", "engine")])
         if key not in checked:
             checked.add(key)
-            check_engine(run.config["engine"], choose_device(run.config["device"], run.config["precision"]))
+            if here:
+                check_engine(run.config["engine"], choose_device(run.config["device"], run.config["precision"]))
             params = ", ".join(f"{k}={v}" for k, v in arguments(run.config["norm"]).items())
             label = f"norm={run.config['norm']['name']} ({params})"
             check_norm(run.config["model"], partial(run.config["norm"]), label)

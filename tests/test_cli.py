@@ -18,11 +18,10 @@ def records(directory: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(directory.glob("*/record.json"))]
 
 
-def start(directory: Path, *words: str) -> subprocess.Popen:
+def start(directory: Path, *words: str, env: dict | None = None, **kwargs) -> subprocess.Popen:
     command = [sys.executable, "-m", "gnbench", "--config-dir", str(TESTS / "configs"), *words]
-    return subprocess.Popen(
-        command, cwd=directory, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=directory, env=environment(env), **pipes, **kwargs)
 
 
 def wait_for(condition, seconds: float = 120) -> None:

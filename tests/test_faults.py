@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -335,6 +336,39 @@ def test_a_successor_waits_for_the_orphans_of_a_killed_sweep(gnbench, tmp_path):
     assert [record["status"] for record in records(tmp_path / "out")] == ["done"] * 2
     for path in tmp_path.glob("out/*/run.log"):
         assert path.read_text().count(" epoch 12:") == 1
+
+
+def test_a_sweep_killed_with_all_its_processes_five_times_trains_each_run_once(gnbench, tmp_path):
+    """A checkpoint a step: a kill then costs no more than the epoch's line of each run that is under way."""
+    keys = ("batch_size=32", f"epochs={(epochs := 12)}", "engine=eager")
+    grid = ("-m", *TINY, *keys, "norm=bn,gn", "seed=0,1", "checkpoint_s=1e-9", "hydra.launcher.num_processes=2")
+    rng, untouched = random.Random(0), {}
+
+    def count_epochs() -> int:
+        return sum(path.read_text().count(" epoch ") for path in tmp_path.glob(f"out/*/{LOG}"))
+
+    def find_finished() -> dict:
+        paths = [path for path in tmp_path.glob(f"out/*/{RECORD}") if load_record(path)["status"] == "done"]
+        return {path: (path.stat().st_mtime_ns, path.with_name(LOG).read_text()) for path in paths}
+
+    for number in range(5):
+        process, before = start(tmp_path, *grid, start_new_session=True), count_epochs()
+        if number % 2 == 0:  # the others are killed as they start
+            wait_for(lambda before=before: count_epochs() > before)
+        time.sleep(rng.uniform(0, 0.1))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == KILLED
+        untouched = {**find_finished(), **untouched}
+    assert gnbench(*grid).returncode == 0
+    finished = find_finished()
+    assert untouched.items() <= finished.items()
+    assert 4 * epochs <= count_epochs() <= 4 * epochs + 5 * 2
+    wholes = [plan(tmp_path / "wholes", norm, f"seed={seed}", *keys) for norm in ("bn", "gn") for seed in (0, 1)]
+    assert {path.parent.name for path in finished} == {run.name for run in wholes}
+    for run in wholes:
+        execute(run)
+        assert outcome(replace(run, directory=tmp_path / "out" / run.name)) == outcome(run)
 
 
 def test_a_death_is_not_written_into_the_record_of_a_run_that_another_process_has(tmp_path, wholes, monkeypatch):

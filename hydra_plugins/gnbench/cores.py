@@ -237,7 +237,7 @@ class _Pool:
             print(f"{len(job.indices)} seeds as one network failed ({said}); trying them one by one", flush=True)
             return job.split(), []
         if isinstance(said, str):
-            said = [_end_of(run, said) for run in job.runs or [None]]
+            said = [end_of(run, said) for run in job.runs or [None]]
         self.cost_left -= job.cost
         returns = [
             JobReturn(overrides=overrides, status=status)
@@ -259,19 +259,14 @@ class _Pool:
                 child.process.kill()
 
     def _finish(self, index: int, returned: JobReturn) -> None:
-        from gnbench.cli import describe
-
         self.returns[index] = returned
         elapsed_s = time.monotonic() - self.started_s
         left_s = elapsed_s * self.cost_left / max(self.cost_all - self.cost_left, 1e-9)
         failed = sum(each.status == JobStatus.FAILED for each in self.returns.values())
-        if returned.status == JobStatus.FAILED:
-            line = f"{' '.join(returned.overrides)}: failed, {returned._return_value}"
-        else:
-            line = describe(returned.return_value)
         left = self.num_runs - len(self.returns)
         print(
-            f"[{len(self.returns)}/{self.num_runs}] {line}" + (f" | {failed} failed" if failed else "")
+            f"[{len(self.returns)}/{self.num_runs}] {describe_end(returned)}"
+            + (f" | {failed} failed" if failed else "")
             + (f" | {left} left, about {duration(left_s)}" if left else f" | all in {duration(elapsed_s)}"),
             flush=True,
         )  # fmt: skip
@@ -293,20 +288,22 @@ def _train_planned(connection: Connection, runs: list[Any], alone: bool) -> None
     """
     from gnbench.run import Interrupted, execute_group
 
+    if hasattr(signal, "pthread_sigmask"):  # the server of processes may be shielded from it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_stop_with_launcher, args=(connection,), daemon=True).start()
     try:
         said = [
             _end(record["status"] != "failed", record, record["cause"]) for record in execute_group(runs, alone=alone)
         ]
     except (KeyboardInterrupt, Interrupted) as error:  # the launcher is to hear of it
-        said = [_end_of(run, f"{type(error).__name__}: {error}") for run in runs]
+        said = [end_of(run, f"{type(error).__name__}: {error}") for run in runs]
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
-        said = cause if len(runs) > 1 else [_end_of(runs[0], cause)]
+        said = cause if len(runs) > 1 else [end_of(runs[0], cause)]
     _send(connection, said)
 
 
-def _end_of(run: Any, cause: str) -> tuple[JobStatus, Any]:
+def end_of(run: Any, cause: str) -> tuple[JobStatus, Any]:
     """How a run ended whose process failed by `cause`: it may have finished before."""
     finished = run is not None and run.is_finished()
     return _end(finished, load_record(run.directory / RECORD) if finished else None, cause)
@@ -366,6 +363,15 @@ def _trace(job: Job) -> list:
         with contextlib.suppress(OSError):  # not there yet, or a file was renamed meanwhile
             trace += sorted((entry.path, entry.stat().st_mtime_ns) for entry in os.scandir(run.directory))
     return trace
+
+
+def describe_end(returned: JobReturn) -> str:
+    """How a run ended, in one line."""
+    from gnbench.cli import describe
+
+    if returned.status == JobStatus.FAILED:
+        return f"{' '.join(returned.overrides)}: failed, {returned._return_value}"
+    return describe(returned.return_value)
 
 
 def exit_word(code: int | None) -> str:

@@ -55,30 +55,29 @@ class Grid(Sweeper):
         left = [(run, overrides) for run, overrides in runs.values() if not run.is_finished()]
         count = _count(len(cells), len(runs), len(left))
         if hasattr(self.launcher, "tell"):  # what would be done, of finished runs too, and does nothing
-            _check(left)
+            self._check(left)
             self.launcher.tell(count, [run for run, _ in runs.values()], [run for run, _ in left])
             return []
         print(count, flush=True)
         if not left:
             return []
-        _check(left)
+        self._check(left)
         if hasattr(self.launcher, "runs"):  # it takes them as they are planned, and composes nothing again
             self.launcher.runs = [run for run, _ in left]
         returns = list(self.launcher.launch([overrides for _, overrides in left], initial_job_idx=0))
         _raise_failures([run for run, _ in left], returns)
         return returns
 
+    def _check(self, left: list[tuple[Any, list[str]]]) -> None:
+        if left:
+            from gnbench.run import check_runs  # imports torch: not for a sweep that is done
+
+            check_runs([run for run, _ in left], here=getattr(self.launcher, "here", True))
+
     def _combinations(self, arguments: list[str]) -> list[list[str]]:
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([f"{key}={value}" for key, value in self.params.items()] + arguments)
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-
-
-def _check(left: list[tuple[Any, list[str]]]) -> None:
-    if left:
-        from gnbench.run import check_runs  # imports torch: not for a sweep that is done
-
-        check_runs([run for run, _ in left])
 
 
 def _count(num_cells: int, num_runs: int, num_left: int) -> str:
