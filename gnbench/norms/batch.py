@@ -104,6 +104,19 @@ class BatchNorm(NormBatches):
         return f"{len(self.weight)}, norm_batch_size={self.norm_batch_size}, eps={self.eps}, momentum={self.momentum}"
 
 
+def sync_batch_norm(
+    num_channels: int, norm_batch_size: None = None, eps: float = 1e-5, momentum: float = 0.1
+) -> BatchNorm:
+    """Synchronized BN (arXiv:1711.07240): `BatchNorm` whose statistics are always those of the whole SGD batch.
+
+    Raises:
+        ValueError: norm_batch_size is given.
+    """
+    if norm_batch_size is not None:
+        raise ValueError(f"norm_batch_size={norm_batch_size} is not for it: its statistics are the whole batch's")
+    return BatchNorm(num_channels, None, eps, momentum)
+
+
 class BatchRenorm(BatchNorm):
     """Batch Renormalization (arXiv:1702.03275): BN whose training output is drawn towards what evaluation will give.
 
