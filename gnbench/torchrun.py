@@ -9,6 +9,7 @@ import json
 
 import torch
 
+from gnbench.build import channel_counts
 from gnbench.configs import partial
 from gnbench.datasets.split import split_sizes
 from gnbench.engine import make_engine
@@ -58,7 +59,8 @@ def check_workers(run: Run) -> None:
                 "each worker needs one"
             )
         if "norm_batch_size" in config["norm"]:
-            check_layer(norm_and_activation(partial(config["norm"]), 16)[0], size, f"norm={config['norm']['name']}")
+            layer, _ = norm_and_activation(partial(config["norm"]), channel_counts(config["model"])[0])
+            check_layer(layer, size, f"norm={config['norm']['name']}")
 
 
 def _batch_sizes(config: dict) -> set[int]:
