@@ -27,6 +27,7 @@ from gnbench.configs import CONFIGS, choices
 from gnbench.errors import SweepFailed, UserError
 from gnbench.plan import Run, num_cores, plan_run
 from gnbench.recipe import Recipe
+from gnbench.workers import FIRST, WorkerLost, count_workers, leave_refusal_to_first, rank
 from hydra_plugins.gnbench.cores import Cores
 from hydra_plugins.gnbench.grid import Grid
 from hydra_plugins.gnbench.plan import Plan, PlanConf
@@ -50,7 +51,7 @@ class Config(Recipe):
     precision: str = "float32"  # float32, tf32 (on a GPU), bf16 (mixed)
     engine: str = "auto"  # auto: what is faster, several seeds as one network too; eager: the reference; cuda_graph
     deterministic: bool | None = None  # whether a GPU uses algorithms that give the same bits every time; a CPU does
-    num_threads: Any = "auto"  # auto: 1 in a sweep, which runs one process a core; all cores for a single run
+    num_threads: Any = "auto"  # auto: 1 in a sweep or by torchrun, with a process a core; all cores for a single run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     results: str = "results/runs"  # where the run's directory goes; a sweep has its own
     checkpoint_s: float = 60.0  # seconds between two checkpoints: what a kill can cost
@@ -75,21 +76,29 @@ def plan(cfg: DictConfig, in_sweep: bool) -> Run:
 def train_one(cfg: DictConfig) -> dict:
     """Train the run that `cfg` means and return its record. Hydra calls it, once a run."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return _train(plan(cfg, in_sweep=True), progress=False)
+        if count_workers() > 1:
+            raise UserError("torchrun trains one run, with hydra/sweeper=grid also as a sweep of one")
+        return train_run(plan(cfg, in_sweep=True), progress=False)
     with _exit_on_error():  # here, because Hydra adds lines of its own to an error that leaves a single run
         if does := FOR_SWEEPS.get(HydraConfig.get().launcher._target_):
             raise UserError(f"{does} a sweep and this is a single run: -m makes it a sweep of one")
-        run = plan(cfg, in_sweep=False)
-        record = _train(run, progress=True)
-        print(f"{describe(record)}\n{run.directory}")
+        run = plan(cfg, in_sweep=count_workers() > 1)  # workers, as a sweep's processes, have a core each
+        record = train_run(run, progress=True)
+        if record is not None:
+            print(f"{describe(record)}\n{run.directory}")
         return record
 
 
-def _train(run: Run, progress: bool) -> dict:
+def train_run(run: Run, progress: bool) -> dict | None:
+    """Train a run in this process, or with the other workers of torchrun; the record, on the first worker alone."""
     from gnbench.run import check_runs, execute
 
     check_runs([run])
-    return execute(run, progress)
+    if count_workers() == 1:
+        return execute(run, progress)
+    from gnbench.torchrun import execute_together
+
+    return execute_together(run, progress)
 
 
 def describe(record: dict) -> str:
@@ -120,14 +129,19 @@ def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:  # a sweep's launcher, or a run before its first step
-        print("gnbench: stopped by SIGINT", file=sys.stderr, flush=True)
+        if rank() == FIRST:
+            print("gnbench: stopped by SIGINT", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(128 + signal.SIGINT)  # sys.exit's status is lost where the interrupt met an exec(), of a dataclass say
     except Exception as error:
         if os.environ.get("GNBENCH_TRACEBACK") == "1":
             raise
-        print(f"gnbench: {_sentence(error)}", file=sys.stderr)
-        sys.exit(_exit_status(error))
+        status = _exit_status(error)
+        if status == REFUSED:
+            leave_refusal_to_first()
+        if rank() == FIRST or (not isinstance(error, WorkerLost) and status in (REFUSED, FAILED)):
+            print(f"gnbench: {_sentence(error)}", file=sys.stderr, flush=True)
+        sys.exit(status)
 
 
 def _exit_status(error: Exception) -> int:
@@ -140,7 +154,7 @@ def _exit_status(error: Exception) -> int:
 def _sentence(error: Exception) -> str:
     """What is wrong, in one sentence; Hydra's and OmegaConf's own messages spread it over several lines."""
     text = str(error)
-    if isinstance(error, (UserError, SweepFailed)):
+    if isinstance(error, (UserError, SweepFailed, WorkerLost)):
         return text
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")

@@ -93,11 +93,13 @@ def train_batches(
     epoch: int,
     first_step: int = 0,
     chunk: int = CHUNK,
+    share: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The epoch's augmented, normalized batches (B, C, H, W) and labels (B,), from its `first_step` on.
 
     Args:
         chunk: about how many images to augment ahead, which changes nothing but the memory and the time it takes.
+        share: the part of every batch that is wanted; the rest is not augmented.
     """
     num_images = len(dataset.train)
     rng = np.random.default_rng([seed, epoch])
@@ -108,14 +110,16 @@ def train_batches(
     end = num_images - num_images % batch_size if drop_last else num_images
     chunk_size = max(1, chunk // batch_size) * batch_size
     for start in range(first_step * batch_size, end, chunk_size):
-        part = slice(start, min(start + chunk_size, end))
+        shares = [places[share] for places in torch.arange(start, min(start + chunk_size, end)).split(batch_size)]
+        part = torch.cat(shares).to(order.device)
         images = dataset.train.images[order[part]]
         labels = dataset.train.labels[order[part]]
         if dataset.augment != "none":
             images = crop(images, shifts[part])
         if dataset.augment == "crop_flip":
             images = flip(images, flips[part])
-        yield from zip(dataset.normalize(images).split(batch_size), labels.split(batch_size), strict=True)
+        sizes = [len(places) for places in shares]
+        yield from zip(dataset.normalize(images).split(sizes), labels.split(sizes), strict=True)
 
 
 def crop(images: Tensor, shifts: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ def plan_run(config: dict, default_threads: int) -> Run:
     _check_norm_batch_size(config)
     if "norm_batch_size" not in config["norm"]:  # no batch statistics: one run serves all that only they notice
         config.update(norm_batch_size=None, frozen_epochs=0, precise_images=Recipe.precise_images)
+    elif config["norm"]["norm_batch_size"] is None:  # always the whole batch: one run serves every norm_batch_size
+        config["norm_batch_size"] = None
     elif config["norm"]["norm_batch_size"] != config["norm_batch_size"]:
         own = config["norm"]["norm_batch_size"]
         raise UserError(

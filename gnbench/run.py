@@ -33,6 +33,7 @@ from gnbench.precise_bn import layers_with_statistics
 from gnbench.record import CORRUPT, LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Diverged, Engine, Training, summarize, train
+from gnbench.workers import broadcast, choose_own_gpu, count_workers, share_signals
 
 log = logging.getLogger(__name__)
 LOCK_WAIT_S = 3.0  # for a run's lock: a process whose launcher was killed needs a step and a checkpoint to let go of it
@@ -162,10 +163,11 @@ def choose_device(name: str, precision: str) -> torch.device:
     """The torch device of `device` and `precision`; auto is a GPU where there is one.
 
     Raises:
-        UserError: there is no such device here, or the precision is not for it.
+        UserError: there is no such device here, or not one for each worker, or the precision is not for it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = choose_own_gpu(name, torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -268,7 +270,8 @@ def _train_recorded(members: list[_Member], progress: bool, alone: bool) -> None
     set_arithmetic(config)
     for member in members:
         member.training = make_training(member.run, device)
-    for digests, lanes in _line_up(members, keep_lanes=not alone and config["engine"] != "eager"):
+    keep_lanes = not alone and config["engine"] != "eager" and count_workers() == 1
+    for digests, lanes in _line_up(members, keep_lanes):
         _train_lanes(digests, lanes, device, progress)
 
 
@@ -276,6 +279,8 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
     """Train members that stand at the same step to their end, each in its lane of one network."""
     members = {lane.training: lane for lane in lanes if lane is not None}
     config = next(iter(members.values())).run.config
+    if count_workers() > 1:
+        broadcast(next(iter(members)).state())  # from there the other workers go on too
     engine = make_engine([lane and lane.training for lane in lanes], config["engine"])
 
     def attempt(training: Training, action: Callable[[], None]) -> None:
@@ -301,7 +306,7 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
     def drop(training: Training, error: Diverged) -> None:
         attempt(training, lambda: members[training].finish(status="diverged", cause=str(error)))
 
-    with _stop_signals() as stop, _progress_bar(members, progress) as bar:
+    with stop_signals() as stop, _progress_bar(members, progress) as bar:
         pause = _Pause(digests, members, engine, attempt, stop, bar)
         train(engine, pause, drop)
         crash_at("trained")
@@ -429,6 +434,7 @@ class _Pause:
         if len(progress.history) > self.num_epochs:
             self.num_epochs = len(progress.history)
             self._for_each(self._end_epoch)
+        share_signals(self.stop)
         if self.stop:
             self.stop_here()
         if time.monotonic() - self.saved_s >= self.checkpoint_s:
@@ -484,7 +490,7 @@ def _progress_bar(members: dict[Training, _Member], progress: bool) -> tqdm:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM, to be acted on between two steps, in the process's main thread."""
     stop: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -51,11 +51,18 @@ class Training:
         self.optimizer = make_optimizer(self.model, self.recipe)
         self.total_steps = self.recipe.total_steps(len(self.dataset.train))
         self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.dataset.train))
+        self.share = slice(None)  # of every batch: the images that this process trains on
 
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
         return self.recipe.learning_rate(self.progress.step, len(self.dataset.train))
+
+    @property
+    def num_images(self) -> int:
+        """Of the next update; an epoch's last may have fewer than the others."""
+        first = self.progress.step % self.steps_per_epoch * self.recipe.batch_size
+        return min(self.recipe.batch_size, len(self.dataset.train) - first)
 
     def state(self) -> dict:
         """Tensors and plain values from which `restore` continues bit for bit, between any two steps."""
@@ -134,7 +141,7 @@ def _train_epoch(engine: Engine, pause: Callable[[], None], drop: Callable[[Trai
     chunk = CHUNK // len(members)  # of images augmented ahead, in all
     batches = {
         training.seed: train_batches(
-            dataset, recipe.batch_size, recipe.drop_last, training.seed, epoch, first_step, chunk
+            dataset, recipe.batch_size, recipe.drop_last, training.seed, epoch, first_step, chunk, training.share
         )
         for training in members
     }
@@ -144,9 +151,8 @@ def _train_epoch(engine: Engine, pause: Callable[[], None], drop: Callable[[Trai
         if len(loss_sums) != len(members):  # one has left
             loss_sums, num_errors = _gather_sums(members)
         started = time.perf_counter()
-        batch = [next(batches[training.seed]) for training in members]
-        losses, errors = engine.step(batch)
-        num_images = len(batch[0][1])
+        num_images = members[0].num_images
+        losses, errors = engine.step([next(batches[training.seed]) for training in members])
         loss_sums += losses.double() * num_images
         num_errors += errors
         step += 1

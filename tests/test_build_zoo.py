@@ -17,10 +17,12 @@ from gnbench.build import depends_on_batch
 from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.configs import choices, describe_norm, load_group, partial
 from gnbench.engine import Eager
+from gnbench.errors import UserError
 from gnbench.models import brings_activation
 from gnbench.plan import plan_run
 from gnbench.precise_bn import batch_statistics, layers_with_statistics, update_precise_statistics
 from gnbench.recipe import Recipe
+from gnbench.run import check_runs
 from gnbench.train import Training, train
 
 ZOO = [name for name in choices("norm") if name != "custom"]
@@ -29,6 +31,7 @@ for node in NODES.values():
     node.update({"num_groups": 4} if "num_groups" in node else {})  # two of a layer's 8 channels a group
 NODES["mabn"].update(simulated_batch_size=4, warmup_steps=1, renorm_steps=4)  # all its phases within six steps
 OF_THE_BATCH = [name for name in ZOO if "norm_batch_size" in NODES[name]]
+SPLITTING = [name for name in OF_THE_BATCH if NODES[name]["norm_batch_size"]]  # which leaves out what is synchronized
 DIGESTS = {  # of runs that exist since before the zoo
     "bn": "c68858d7437d",
     "brn": "3ee6217e433d",
@@ -110,7 +113,7 @@ def test_a_random_layer_is_not_taken_for_one_of_the_batch_nor_one_in_which_only_
     assert depends_on_batch(lambda num_channels, apply_act: nn.BatchNorm2d(num_channels, track_running_stats=False))
 
 
-@pytest.mark.parametrize("name", OF_THE_BATCH)
+@pytest.mark.parametrize("name", SPLITTING)
 def test_a_split_batch_is_that_of_its_workers_and_what_is_kept_their_average(name):
     layer = make_layer(name)
     for step in range(4):
@@ -177,7 +180,7 @@ def test_every_norm_trains_on_a_residual_network_and_resumes_bit_for_bit(tmp_pat
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "none"])
 def test_every_norm_learns_on_a_residual_network(name):
-    norm = gnbench.norm(name, **({"norm_batch_size": 4} if name in OF_THE_BATCH else {}))
+    norm = gnbench.norm(name, **({"norm_batch_size": 4} if name in SPLITTING else {}))
     model = gnbench.model("resnet8", norm=norm, num_classes=3)
     training = finish(Training(model, make_training("none").dataset, Recipe(**{**SHORT, "epochs": 4}), seed=0))
     assert training.progress.history[-1]["train_loss"] < 0.75 * math.log(3)
@@ -203,6 +206,21 @@ def test_a_models_norms_bring_their_activations_or_not(name):
 @pytest.mark.parametrize(("name", "digest"), DIGESTS.items())
 def test_the_identity_of_a_run_from_before_the_zoo_is_what_it_was(name, digest):
     assert plan_run(tiny_config(f"norm={name}", "results=x"), default_threads=1).digest[:12] == digest
+
+
+def test_synchronized_bn_is_one_run_for_every_normalization_batch_size():
+    whole, two, frozen = (
+        plan_run(tiny_config("norm=syncbn", "results=x", word), 1)
+        for word in ("norm_batch_size=8", "norm_batch_size=2", "frozen_epochs=1")
+    )
+    assert whole == two != frozen
+    assert whole.config["norm_batch_size"] is None, "it stands in figures where the others of its batch size do"
+    assert frozen.config["frozen_epochs"] == 1
+    sync, plain = gnbench.norm("syncbn")(8), gnbench.norm("bn")(8)
+    x = randn(6, 8, 3, 3).float()
+    assert torch.equal(sync(x), plain(x))
+    with pytest.raises(UserError, match="norm_batch_size=8 is not for it: its statistics are the whole batch's"):
+        check_runs([plan_run(tiny_config("norm=syncbn", "norm.norm_batch_size=8"), 1)])
 
 
 @pytest.mark.parametrize("name", ZOO)

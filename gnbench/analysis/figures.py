@@ -85,6 +85,7 @@ NORM_STYLES = {
     "in": NormStyle("#CC79A7", "D", LINESTYLES[2]),
     "none": NormStyle("#000000", "x", LINESTYLES[4]),
     "brn": NormStyle("#332288", "v", LINESTYLES[1]),
+    "syncbn": NormStyle("#00838F", "o", LINESTYLES[0]),
     "bn_ws": NormStyle("#6699CC", ">", LINESTYLES[1]),
     "mabn": NormStyle("#AA4499", "*", LINESTYLES[1]),
     "batch_group": NormStyle("#44AA99", "P", LINESTYLES[1]),

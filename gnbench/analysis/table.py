@@ -18,6 +18,7 @@ NORM_LABELS = {  # in the order of every table
     "in": "IN",
     "none": "no norm",
     "brn": "Batch Renorm",
+    "syncbn": "SyncBN",
     "bn_ws": "BN + WS",
     "mabn": "MABN",
     "batch_group": "Batch Group",

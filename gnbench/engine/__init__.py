@@ -1,9 +1,9 @@
 """How a step of training is executed: one training by itself, or several seeds of one cell as one network.
 
 `Eager` is the reference, against which the tests step every other engine; `Fused` is several seeds as one network;
-`CudaGraph` records the step of either. An engine has a `name`, the `members` that it moves forward together,
-`set_train_mode(frozen)` and `step(batches) -> (losses, errors)`, one update of every member; gnbench.train.train drives
-it.
+`CudaGraph` records the step of either; `Distributed` is one training by several processes. An engine has a `name`, the
+`members` that it moves forward together, `set_train_mode(frozen)` and `step(batches) -> (losses, errors)`, one update
+of every member; gnbench.train.train drives it.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from gnbench.engine.graph import CudaGraph
 from gnbench.errors import UserError
 from gnbench.norms.batch import BatchNorm
 from gnbench.train import Engine, Training
+from gnbench.workers import count_workers
 
 __all__ = ["CudaGraph", "Eager", "Fused", "check_engine", "keep_freed_memory", "make_engine", "most_lanes", "share_out"]
 
@@ -45,8 +46,13 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     training = next(training for training in lanes if training is not None)
     recipe, device = training.recipe, training.dataset.mean.device
     modules = list(training.model.modules())
-    channels_last = device.type == "cpu" and engine == "auto" and not _needs_channels_first(modules, recipe.batch_size)
+    own_batch_size = recipe.batch_size // count_workers()
+    channels_last = device.type == "cpu" and engine == "auto" and not _needs_channels_first(modules, own_batch_size)
     check_engine(engine, device)
+    if count_workers() > 1:
+        from gnbench.engine.distributed import Distributed  # torch.distributed is for those who need it
+
+        return Distributed(training, channels_last)
     if len(lanes) > 1:
         if recipe.clip_grad_norm is not None:
             raise UserError("clip_grad_norm is of each seed's own gradients: its seeds are not trained as one network")
@@ -62,10 +68,12 @@ def check_engine(engine: str, device: torch.device) -> None:
     """Refuse an engine that a device does not have.
 
     Raises:
-        UserError: cuda_graph is asked for on another device than a GPU.
+        UserError: cuda_graph is asked for on another device than a GPU, or for several workers.
     """
     if engine == "cuda_graph" and device.type != "cuda":
         raise UserError(f"engine=cuda_graph is not legal on device={device.type}: it is auto or eager there")
+    if engine == "cuda_graph" and count_workers() > 1:
+        raise UserError("engine=cuda_graph is not legal for several workers: it is auto or eager for them")
 
 
 def _needs_channels_first(modules: list[nn.Module], batch_size: int) -> bool:

@@ -1,6 +1,6 @@
 """Normalization layers, each a function or class that takes `num_channels` first and keeps the shape (N, C, H, W)."""
 
-from gnbench.norms.batch import BatchGroupNorm, BatchNorm, BatchRenorm, EstimatedBatchNorm
+from gnbench.norms.batch import BatchGroupNorm, BatchNorm, BatchRenorm, EstimatedBatchNorm, sync_batch_norm
 from gnbench.norms.batch_channel import BatchChannelNorm
 from gnbench.norms.evonorm import EvoNormB0, EvoNormS0
 from gnbench.norms.group import group_norm, instance_norm, layer_norm
@@ -32,4 +32,5 @@ __all__ = [
     "layer_norm",
     "no_norm",
     "rms_layer_norm",
+    "sync_batch_norm",
 ]

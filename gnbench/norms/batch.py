@@ -30,10 +30,11 @@ class NormBatches(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(N, C, H, W') -> (NBS, W, C, H, W'): worker w has [:, w]; in evaluation there is one."""
-        workers = self._num_workers(len(x)) if self.training else 1
+        workers = self.count_batches(len(x)) if self.training else 1
         return x.unflatten(0, (len(x) // workers, workers))
 
-    def _num_workers(self, batch_size: int) -> int:
+    def count_batches(self, batch_size: int) -> int:
+        """W: the normalization batches of so many images in training; `BatchNorm` says how."""
         if self.norm_batch_size is None:
             return 1
         most = max(1, batch_size // self.norm_batch_size)
@@ -79,7 +80,7 @@ class BatchNorm(NormBatches):
         self.register_buffer("running_var", torch.ones(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        workers = self._num_workers(len(x)) if self.training else 1
+        workers = self.count_batches(len(x)) if self.training else 1
         if workers == 1:
             weight, bias = self._affine(x, workers)
             return self._normalize(x, self.running_mean, self.running_var, weight, bias)
@@ -102,6 +103,19 @@ class BatchNorm(NormBatches):
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, norm_batch_size={self.norm_batch_size}, eps={self.eps}, momentum={self.momentum}"
+
+
+def sync_batch_norm(
+    num_channels: int, norm_batch_size: None = None, eps: float = 1e-5, momentum: float = 0.1
+) -> BatchNorm:
+    """Synchronized BN (arXiv:1711.07240): `BatchNorm` whose statistics are always those of the whole SGD batch.
+
+    Raises:
+        ValueError: norm_batch_size is given.
+    """
+    if norm_batch_size is not None:
+        raise ValueError(f"norm_batch_size={norm_batch_size} is not for it: its statistics are the whole batch's")
+    return BatchNorm(num_channels, None, eps, momentum)
 
 
 class BatchRenorm(BatchNorm):

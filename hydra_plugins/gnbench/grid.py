@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from gnbench.errors import SweepFailed, UserError
 from gnbench.record import LOG, RECORD, load_record
+from gnbench.workers import count_workers
 from hydra_plugins.gnbench.composer import Composer
 
 
@@ -58,6 +59,8 @@ class Grid(Sweeper):
             self._check(left)
             self.launcher.tell(count, [run for run, _ in runs.values()], [run for run, _ in left])
             return []
+        if count_workers() > 1:
+            return _train_together([run for run, _ in runs.values()])
         print(count, flush=True)
         if not left:
             return []
@@ -78,6 +81,18 @@ class Grid(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([f"{key}={value}" for key, value in self.params.items()] + arguments)
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def _train_together(runs: list[Any]) -> list[JobReturn]:
+    """Train the one run of a grid in this process, which torchrun started beside others."""
+    from gnbench.cli import describe, train_run
+
+    if len(runs) > 1:
+        raise UserError(f"torchrun trains one run and this is a sweep of {len(runs)}: give each key one value")
+    record = train_run(runs[0], progress=True)
+    if record is not None:
+        print(f"{describe(record)}\n{runs[0].directory}")
+    return []
 
 
 def _count(num_cells: int, num_runs: int, num_left: int) -> str:
