@@ -30,6 +30,7 @@ from gnbench.errors import UserError
 from gnbench.models import norm_and_activation
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
 from gnbench.precise_bn import layers_with_statistics
+from gnbench.progress import Teller
 from gnbench.record import CORRUPT, LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Diverged, Engine, Training, summarize, train
@@ -416,11 +417,17 @@ class _Pause:
         self.saved_s = time.monotonic()
         training, member = next(iter(members.items()))
         self.num_epochs = len(training.progress.history)
-        self.checkpoint_s = member.run.config["checkpoint_s"]
+        config = member.run.config
+        self.checkpoint_s = config["checkpoint_s"]
+        self.teller = Teller(
+            training.progress.step, training.total_steps, training.steps_per_epoch, config["batch_size"]
+        )
 
     def __call__(self) -> None:
         progress = self.engine.members[0].progress
         self.bar.update(progress.step - self.bar.n)
+        if self.teller.is_due():
+            self.teller.tell(progress.step, [self.members[each].run.directory for each in self.engine.members])
         crash_at("step")
         if len(progress.history) > self.num_epochs:
             self.num_epochs = len(progress.history)
