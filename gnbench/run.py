@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import gnbench
+from gnbench.board import Board, check_tensorboard
 from gnbench.build import build_model, check_norm, depends_on_batch
 from gnbench.checkpoint import CURRENT, PREVIOUS, delete_checkpoints, load_checkpoints, save_checkpoint
 from gnbench.configs import arguments, partial
@@ -51,8 +52,10 @@ def check_runs(runs: list[Run]) -> None:
     """Build every norm on every channel count of its model, before any training.
 
     Raises:
-        UserError: a norm cannot be built there, or the device or the engine is not to be had.
+        UserError: a norm cannot be built there, or the device, the engine or TensorBoard is not to be had.
     """
+    if any(run.config["tensorboard"] for run in runs):
+        check_tensorboard()
     checked = set()
     for run in runs:
         key = repr([run.config[name] for name in ("norm", "model", "device", "precision", "engine")])
@@ -212,6 +215,7 @@ class _Member:
     run: Run
     record: dict
     training: Training | None = None
+    board: Board | None = None
     error: Exception | None = None
 
     def save(self, **changes: object) -> None:
@@ -229,6 +233,8 @@ class _Member:
         self.save(**changes)
         crash_at("finished")
         delete_checkpoints(self.run.directory)
+        if self.board is not None:
+            self.board.close()
 
     def save_checkpoint(self, lanes: list[str]) -> None:
         save_checkpoint(self.run.directory, {**self.training.state(), "digest": self.run.digest, "lanes": lanes})
@@ -290,6 +296,9 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
             num_parameters=sum(parameter.numel() for parameter in training.model.parameters()),
             history=training.progress.history,
         )
+        if config["tensorboard"]:
+            board = Board(members[training].run.directory, training.progress.history, config["batch_size"])
+            members[training].board = board
 
     for training in list(engine.members):
         attempt(training, lambda training=training: start(training))
@@ -452,6 +461,8 @@ class _Pause:
         self.members[training].record["environment"]["engine"] = self.engine.name  # without a compiler it changes
         crash_at("epoch")
         self.members[training].save()
+        if board := self.members[training].board:
+            board.add(training.progress.history[-1])
         crash_at("recorded")
 
     def _show(self, training: Training) -> None:
