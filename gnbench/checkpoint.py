@@ -11,7 +11,7 @@ import torch
 
 from gnbench.crash import crash_at
 from gnbench.errors import UserError
-from gnbench.record import cannot_write, set_aside, write_atomic
+from gnbench.record import PROGRESS, cannot_write, set_aside, write_atomic
 
 log = logging.getLogger(__name__)
 CURRENT = "checkpoint.pt"
@@ -59,7 +59,7 @@ def load_checkpoints(directory: Path) -> list[dict]:
 
 def delete_checkpoints(directory: Path) -> None:
     """Remove what a finished run no longer needs. What cannot be removed stays: it does no harm."""
-    for name in (CURRENT, PREVIOUS):
+    for name in (CURRENT, PREVIOUS, PROGRESS):
         with contextlib.suppress(OSError):
             (directory / name).unlink(missing_ok=True)
 

@@ -55,6 +55,7 @@ class Config(Recipe):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     results: str = "results/runs"  # where the run's directory goes; a sweep has its own
     checkpoint_s: float = 60.0  # seconds between two checkpoints: what a kill can cost
+    tensorboard: bool = False  # whether each epoch's numbers are also written for TensorBoard, into the run's directory
 
 
 ConfigStore.instance().store(name="schema", node=Config)

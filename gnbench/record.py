@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from gnbench.crash import crash_at
@@ -19,6 +20,7 @@ from gnbench.errors import UserError
 SCHEMA = 1  # of the record and of what a digest covers; a change of either starts a new number
 RECORD = "record.json"
 LOG = "run.log"
+PROGRESS = "progress.json"  # how far a run under way is: gnbench/progress.py
 LOCK = ".lock"  # held while a process trains the run; the system lets go of it when the process dies
 STATUSES = ("running", "done", "diverged", "failed", "interrupted")
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
@@ -27,7 +29,7 @@ CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is 
 
 # What decides how or where a run is executed, not what is trained. `device` and `engine` belong here although they
 # change the last bits of the numbers: a sweep begun in one way may end in another, and the record says how a run ended.
-NOT_IDENTITY = ("results", "device", "engine", "checkpoint_s", "tuned_from", "tuning")
+NOT_IDENTITY = ("results", "device", "engine", "checkpoint_s", "tensorboard", "tuned_from", "tuning")
 
 
 def digest(config: dict, data_fingerprint: str) -> str:
@@ -91,6 +93,15 @@ def find_runs(directory: Path | str) -> list[Path]:
     return sorted(Path(directory).glob(f"*/{RECORD}"))
 
 
+def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The values of a config, each with its key from the top: ("norm.eps", 1e-5) and so on."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: written beside it, flushed to the disk, then renamed.
 
@@ -126,8 +137,8 @@ def cannot_write(path: Path, error: OSError | NotImplementedError) -> UserError:
 
 
 def delete_parts(directory: Path) -> None:
-    """Remove what a process that was killed while it wrote has left. The caller holds the directory's lock."""
-    for path in directory.glob(f".*{PART}"):
+    """Remove what a process that was killed has left half-written or untrue. The caller holds the directory's lock."""
+    for path in (*directory.glob(f".*{PART}"), directory / PROGRESS):
         path.unlink(missing_ok=True)
 
 

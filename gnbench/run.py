@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import gnbench
+from gnbench.board import Board, check_tensorboard
 from gnbench.build import build_model, check_norm, depends_on_batch
 from gnbench.checkpoint import CURRENT, PREVIOUS, delete_checkpoints, load_checkpoints, save_checkpoint
 from gnbench.configs import arguments, partial
@@ -30,6 +31,7 @@ from gnbench.errors import UserError
 from gnbench.models import norm_and_activation
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
 from gnbench.precise_bn import layers_with_statistics
+from gnbench.progress import Teller
 from gnbench.record import CORRUPT, LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Diverged, Engine, Training, summarize, train
@@ -54,8 +56,10 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
         here: whether they are trained on this machine: only then are the device and the engine asked for.
 
     Raises:
-        UserError: a norm cannot be built there, or the device or the engine is not to be had.
+        UserError: a norm cannot be built there, or the device, the engine or TensorBoard is not to be had.
     """
+    if any(run.config["tensorboard"] for run in runs):
+        check_tensorboard()
     checked = set()
     for run in runs:
         key = repr([run.config[name] for name in ("norm", "model", "device", "precision", "engine")])
@@ -217,6 +221,7 @@ class _Member:
     run: Run
     record: dict
     training: Training | None = None
+    board: Board | None = None
     error: Exception | None = None
 
     def save(self, **changes: object) -> None:
@@ -234,6 +239,8 @@ class _Member:
         self.save(**changes)
         crash_at("finished")
         delete_checkpoints(self.run.directory)
+        if self.board is not None:
+            self.board.close()
 
     def save_checkpoint(self, lanes: list[str]) -> None:
         save_checkpoint(self.run.directory, {**self.training.state(), "digest": self.run.digest, "lanes": lanes})
@@ -298,6 +305,9 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
             num_parameters=sum(parameter.numel() for parameter in training.model.parameters()),
             history=training.progress.history,
         )
+        if config["tensorboard"]:
+            board = Board(members[training].run.directory, training.progress.history, config["batch_size"])
+            members[training].board = board
 
     for training in list(engine.members):
         attempt(training, lambda training=training: start(training))
@@ -425,11 +435,17 @@ class _Pause:
         self.saved_s = time.monotonic()
         training, member = next(iter(members.items()))
         self.num_epochs = len(training.progress.history)
-        self.checkpoint_s = member.run.config["checkpoint_s"]
+        config = member.run.config
+        self.checkpoint_s = config["checkpoint_s"]
+        self.teller = Teller(
+            training.progress.step, training.total_steps, training.steps_per_epoch, config["batch_size"]
+        )
 
     def __call__(self) -> None:
         progress = self.engine.members[0].progress
         self.bar.update(progress.step - self.bar.n)
+        if self.teller.is_due():
+            self.teller.tell(progress.step, [self.members[each].run.directory for each in self.engine.members])
         crash_at("step")
         if len(progress.history) > self.num_epochs:
             self.num_epochs = len(progress.history)
@@ -455,6 +471,8 @@ class _Pause:
         self.members[training].record["environment"]["engine"] = self.engine.name  # without a compiler it changes
         crash_at("epoch")
         self.members[training].save()
+        if board := self.members[training].board:
+            board.add(training.progress.history[-1])
         crash_at("recorded")
 
     def _show(self, training: Training) -> None:

@@ -98,7 +98,7 @@ def test_the_checksum_and_the_digest_are_as_the_page_says(records):
 
     for record in records:
         assert record["sha256"] == hash_canonical({key: value for key, value in record.items() if key != "sha256"})
-        hows = ("results", "device", "engine", "checkpoint_s", "tuned_from", "tuning", "norm_batch_size")
+        hows = ("results", "device", "engine", "checkpoint_s", "tensorboard", "tuned_from", "tuning", "norm_batch_size")
         config = without(record["config"], *hows)
         config |= {"data": without(config["data"], "root", "cache"), "norm": without(config["norm"])}
         config["model"] = without(config["model"])

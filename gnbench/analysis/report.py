@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gnbench.errors import UserError
+from gnbench.record import write_atomic
 
 if TYPE_CHECKING:  # pandas takes a second to import, which --help need not wait for
     import pandas as pd
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+REFRESH = '<meta http-equiv="refresh" content="{}">\n'
+WATCH_S = 30.0  # between two looks of --watch: a report takes seconds to draw
 MOST_CLAUSES = 4  # of the headline
 SUMMARY_COLUMNS = {  # of the page; summary.csv has more
     "label": "norm",
@@ -61,14 +64,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(options.directories) > 1 and options.out is None:
             raise UserError("--out is needed with more than one directory: it says where the report goes")
         out = Path(options.out or options.directories[0])
-        paths, sentence = write_report(
-            options.directories, out, options.decreasing, options.reference, check_margin(options.margin)
-        )
+        how = (options.decreasing, options.reference, check_margin(options.margin))
+        if options.watch is not None:
+            return _watch(options.directories, out, options.watch, how)
+        paths, sentence = write_report(options.directories, out, *how)
     except UserError as error:
         print(f"gnbench-report: {error}", file=sys.stderr)
         return 2
     print("\n".join(map(str, paths)))
     print(sentence)
+    return 0
+
+
+def _watch(directories: Sequence[str], out: Path, every_s: float, how: tuple) -> int:
+    """Write the report again and again; its page loads itself anew as long as somebody writes it."""
+    from gnbench.analysis.watch import watch_report
+
+    refresh_s = math.ceil(every_s)
+    try:
+        watch_report(lambda: write_report(directories, out, *how, refresh_s=refresh_s), directories, every_s)
+    finally:
+        page = out / "report.html"
+        if page.is_file():
+            write_atomic(page, page.read_bytes().replace(REFRESH.format(refresh_s).encode(), b""))
     return 0
 
 
@@ -82,6 +100,8 @@ def _print_check(directories: Sequence[Path | str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """What the command line takes."""
+    from gnbench.analysis.watch import add_watch
+
     parser = argparse.ArgumentParser(
         prog="gnbench-report", description="Tables, figures and report.html of the runs that stand in a directory."
     )
@@ -99,7 +119,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="POINTS",
         help="points of error that count as a change in the claims (default: 1)",
     )
-    parser.add_argument("--check", action="store_true", help="only say what is wrong with each run's directory")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="only say what is wrong with each run's directory")
+    add_watch(action, WATCH_S, "draw everything again whenever a record has changed")
     return parser
 
 
@@ -119,7 +141,12 @@ def check_margin(text: str) -> float:
 
 
 def write_report(
-    directories: Sequence[Path | str], out: Path, decreasing: bool = True, reference: bool = False, margin: float = 1.0
+    directories: Sequence[Path | str],
+    out: Path,
+    decreasing: bool = True,
+    reference: bool = False,
+    margin: float = 1.0,
+    refresh_s: int | None = None,
 ) -> tuple[list[Path], str]:
     """Write everything into `out`; returns the paths written and the headline.
 
@@ -127,12 +154,12 @@ def write_report(
         decreasing: batch sizes run from the largest to the smallest.
         reference: numbers of others lie behind ours.
         margin: points of error that count as a change in the claims.
+        refresh_s: seconds after which a browser is to load the page anew.
 
     Raises:
         UserError: a directory holds no records, or `out` cannot be written.
     """
     from gnbench.analysis import claims, figures, statistics, table
-    from gnbench.record import write_atomic
 
     frame = table.load(*directories)
     tables = {
@@ -153,7 +180,7 @@ def write_report(
         written += paths
     images = [(title, _encode(out / f"{name}.svg")) for name, (title, _) in drawn.items()]
     written.append(out / "report.html")
-    write_atomic(written[-1], render_page(frame, tables, images).encode())
+    write_atomic(written[-1], render_page(frame, tables, images, refresh_s).encode())
     return written, headline(frame)
 
 
@@ -250,7 +277,9 @@ def headline(frame: "pd.DataFrame") -> str:
     return f"From {words} {sizes[0]} to {sizes[-1]}, {'; '.join(clauses)}{_tell_seeds(cells)}."
 
 
-def render_page(frame: "pd.DataFrame", tables: dict, images: Sequence[tuple[str, str]]) -> str:
+def render_page(
+    frame: "pd.DataFrame", tables: dict, images: Sequence[tuple[str, str]], refresh_s: int | None = None
+) -> str:
     """The HTML page: needs nothing from outside itself; whatever comes from records is escaped."""
     import jinja2
 
@@ -261,6 +290,7 @@ def render_page(frame: "pd.DataFrame", tables: dict, images: Sequence[tuple[str,
     )
     unfinished = frame[frame["status"] != "done"]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        refresh=REFRESH.format(refresh_s) if refresh_s else "",
         headline=headline(frame),
         facts=list_facts(frame),
         gaps=statistics.name_gaps(frame),

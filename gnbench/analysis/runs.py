@@ -2,6 +2,7 @@
 
 gnbench-runs results/x --where "norm == 'bn' and batch_size == 2"   the runs that fit
 gnbench-runs results/x --where "status == 'failed'" --command       the command line of each
+gnbench-runs results/x --watch                                      what is trained at this moment
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gnbench.errors import UserError
-from gnbench.record import LOCK, NOT_IDENTITY, RECORD, digest, load_record
+from gnbench.record import LOCK, NOT_IDENTITY, RECORD, digest, leaves, load_record
 
 if TYPE_CHECKING:  # --help need not wait for pandas and OmegaConf
     import pandas as pd
@@ -33,6 +34,7 @@ NOT_CONFIG = (  # columns that do not say what was asked for
     *("variant", "setting", "label", "status", "cause", "cell", "sweep", "run", "directory", "tuned", "results"),
     *("epochs_done", "num_parameters", "images_per_s", "peak_memory_mb"),
 )
+WATCH_S = 2.0  # between two looks of --watch
 NEVER = 1000  # changes of a file that is not to be chosen
 NUMBERS = ("test_error", "final_test_error", "val_error", "train_error", "train_loss", "time_s")
 
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (options.delete or options.rerun) and options.where is None:
             raise UserError("--delete and --rerun need --where, which says what is deleted; --where True is every run")
+        if options.watch is not None:
+            return _watch(options.directories, options.watch, options.where)
         frame = load_runs(options.directories)
         chosen = choose_runs(frame, options.where)
         if chosen.empty:
@@ -62,8 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _watch(directories: Sequence[str], every_s: float, where: str | None) -> int:
+    from gnbench.analysis.watch import watch_runs
+
+    if where is not None:
+        raise UserError("--watch shows all runs of its directories: it takes no --where")
+    watch_runs(directories, every_s)
+    return 0
+
+
 def make_parser() -> argparse.ArgumentParser:
     """What the command line takes."""
+    from gnbench.analysis.watch import add_watch
+
     parser = argparse.ArgumentParser(
         prog="gnbench-runs", description="List, compare, delete runs and train them again, chosen by a query."
     )
@@ -81,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     action.add_argument("--delete", action="store_true", help="delete the runs' directories")
     action.add_argument("--rerun", action="store_true", help="delete, and print the command lines that start afresh")
+    add_watch(action, WATCH_S, "a table of the runs that are trained at this moment")
     parser.add_argument("--yes", action="store_true", help="do delete; without it, only say what would be deleted")
     return parser
 
@@ -137,7 +153,7 @@ def command_line(directory: Path | str, record: dict) -> str:
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"this version of gnbench has no such config ({_first_line(error)})") from error
     if digest(config, str(record.get("data_fingerprint"))) != record.get("digest"):
-        asked, given = (dict(_leaves(node)) for node in (record["config"], config))
+        asked, given = (dict(leaves(node)) for node in (record["config"], config))
         keys = [key for key in {**asked, **given} if not _is_free(key) and asked.get(key) != given.get(key)]
         if not keys:
             raise UserError("its digest is not that of its config and images")
@@ -348,8 +364,8 @@ def _compose_words(asked: dict) -> tuple[list[str], dict]:
 
     files = {group: _choose_file(group, asked[group]) for group in GROUPS}
     cfg = _compose(files)
-    raw = dict(_leaves(OmegaConf.to_container(cfg, resolve=False)))
-    wanted = {key: value for key, value in _leaves(asked) if _is_typed(key, value, asked)}
+    raw = dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
+    wanted = {key: value for key, value in leaves(asked) if _is_typed(key, value, asked)}
     words = [f"{group}={name}" for group, name in files.items()]
     # what refers to other keys comes after them, and then mostly needs no word of its own
     for key in sorted(wanted, key=lambda key: ("${" in str(raw.get(key)), key.count("."))):
@@ -390,7 +406,7 @@ def _choose_file(group: str, node: dict) -> str:
     """
     from gnbench.configs import choices
 
-    asked = dict(_leaves(node))
+    asked = dict(leaves(node))
 
     def count_changes(name: str) -> int:
         raw = _read_leaves(group, name)
@@ -408,7 +424,7 @@ def _read_leaves(group: str, name: str) -> dict:
 
     from gnbench.configs import CONFIGS
 
-    return dict(_leaves(OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"), resolve=False)))
+    return dict(leaves(OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"), resolve=False)))
 
 
 def _is_typed(key: str, value: object, asked: dict) -> bool:
@@ -422,15 +438,6 @@ def _is_typed(key: str, value: object, asked: dict) -> bool:
 def _is_free(key: str) -> bool:
     """Whether a key of a config may differ between two starts of one run."""
     return key.split(".")[0] in (*NOT_IDENTITY, "norm_batch_size")
-
-
-def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """("norm.eps", 1e-5) and so on."""
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _select(cfg: "DictConfig", key: str) -> object:

@@ -2,7 +2,7 @@
 
 A process trains one run, or several seeds of one cell as one network where that is faster. One that is killed loses its
 own runs only, which are tried once more; one without progress is ended, if a time for that is set; when the launcher
-dies, its processes write their checkpoints and stop.
+dies, its processes write their checkpoints and stop. On a terminal a table says what they are doing.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ from omegaconf import DictConfig
 
 from gnbench.errors import UserError
 from gnbench.record import RECORD, load_record
+from gnbench.sweep_table import REDRAW_S, SweepTable, print_into
+from gnbench.watch import duration, is_terminal
 
 TRIES = 2  # of a run whose process dies without a word
 MOST_ON_A_GPU = 8  # processes; each holds a context of some 500 MB
@@ -183,8 +185,14 @@ class _Pool:
         self.first_index, self.payload = first_index, payload
         self.running: dict[Connection, Child] = {}
         self.returns: dict[int, JobReturn] = {}
+        self.table: SweepTable | None = None
 
     def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
+        with SweepTable(jobs) if is_terminal() else contextlib.nullcontext() as self.table:
+            self._run(jobs)
+        return self.returns
+
+    def _run(self, jobs: list[Job]) -> None:
         self.num_runs = sum(len(job.indices) for job in jobs)
         self.started_s, self.cost_left = time.monotonic(), sum(job.cost for job in jobs)
         self.cost_all = self.cost_left
@@ -193,7 +201,8 @@ class _Pool:
             while waiting or self.running:
                 while waiting and len(self.running) < self.num_processes:
                     self._start(waiting.pop(0))
-                for connection in wait(list(self.running), timeout=self.stall_s and self.stall_s / LOOKS):
+                self._draw()
+                for connection in wait(list(self.running), timeout=self._timeout_s()):
                     again, ended = self._collect(connection)
                     waiting = again + waiting
                     for index, returned in ended:
@@ -201,16 +210,27 @@ class _Pool:
                 self._kill_stalled()
         finally:
             self._stop()
-        return self.returns
+
+    def _timeout_s(self) -> float | None:
+        times = (self.table and REDRAW_S, self.stall_s and self.stall_s / LOOKS)
+        return min((time_s for time_s in times if time_s), default=None)
+
+    def _draw(self) -> None:
+        if self.table is None:
+            return
+        running = [child.job for child in self.running.values()]
+        failed = sum(each.status == JobStatus.FAILED for each in self.returns.values())
+        elapsed_s, cost_done = time.monotonic() - self.started_s, self.cost_all - self.cost_left
+        self.table.show(running, len(self.returns) - failed, failed, elapsed_s, cost_done)
 
     def _start(self, job: Job) -> None:
         job.tries += 1
         ours, theirs = self.context.Pipe()
         if job.runs is None:
-            arguments = (theirs, self.first_index + job.indices[0], job.overrides[0], *self.payload)
-            process = self.context.Process(target=_compose_and_train, args=arguments)
+            work = (_compose_and_train, theirs, self.first_index + job.indices[0], job.overrides[0], *self.payload)
         else:
-            process = self.context.Process(target=_train_planned, args=(theirs, job.runs, job.alone))
+            work = (_train_planned, theirs, job.runs, job.alone)
+        process = self.context.Process(target=print_into, args=(self.table and self.table.words, *work))
         process.start()
         theirs.close()
         self.running[ours] = Child(job, process, _trace(job), time.monotonic())
@@ -273,6 +293,8 @@ class _Pool:
 
     def _stop(self) -> None:
         """End what still runs, after an interrupt: each process writes its checkpoint first."""
+        if self.table and self.running:
+            print("stopping: what is trained at this moment writes its checkpoints", flush=True)
         for child in self.running.values():
             child.process.terminate()
         end_s = time.monotonic() + STOP_S
@@ -376,9 +398,3 @@ def describe_end(returned: JobReturn) -> str:
 
 def exit_word(code: int | None) -> str:
     return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit status {code}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

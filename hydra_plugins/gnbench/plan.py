@@ -19,7 +19,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 
 from gnbench.errors import UserError
-from hydra_plugins.gnbench.cores import Cores, duration, exit_word
+from gnbench.watch import duration
+from hydra_plugins.gnbench.cores import Cores, exit_word
 
 if TYPE_CHECKING:  # --help need not wait for torch and pandas
     import pandas as pd

@@ -1,0 +1,93 @@
+"""What a sweep's processes are doing, as a table at the lower end of the terminal that the sweep was started from."""
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gnbench.watch import Row, Screen, Watcher, duration, make_row, name_cells, name_seeds
+
+if TYPE_CHECKING:
+    from hydra_plugins.gnbench.cores import Job
+
+REDRAW_S = 1.0
+
+
+class SweepTable:
+    """A row for each job under way, and how much of the sweep is done and left.
+
+    What the jobs' processes print would land in the midst of it: `words` is a file for that, which is shown above.
+    """
+
+    def __init__(self, jobs: Sequence["Job"]) -> None:
+        self.num_runs = sum(len(job.indices) for job in jobs)
+        self.cost = sum(job.cost for job in jobs)
+        runs = [run for job in jobs for run in job.runs or ()]
+        self.cells = dict(zip((run.digest for run in runs), name_cells([run.config for run in runs]), strict=True))
+        self.watcher = Watcher(fresh=True)
+        self.screen = Screen()
+
+    def __enter__(self) -> "SweepTable":
+        descriptor, self.words = tempfile.mkstemp(prefix="gnbench-")
+        self.file = open(descriptor, errors="replace")
+        self.screen.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pass_on()
+        self.screen.__exit__()
+        self.file.close()
+        os.unlink(self.words)
+
+    def show(self, running: Sequence["Job"], done: int, failed: int, elapsed_s: float, cost_done: float) -> None:
+        """Draw it anew.
+
+        Args:
+            running: the jobs under way.
+            done: how many runs have ended with a result.
+            elapsed_s: since the first job was started.
+            cost_done: the cost of the jobs that have ended.
+        """
+        self._pass_on()
+        rows = [self._make_row(job) for job in running]
+        trained = sum(job.cost * (row.share or 0.0) for job, row in zip(running, rows, strict=True))
+        left = self.cost - cost_done - trained
+        total = Row("all", share=1 - left / self.cost, left_s=_estimate_s(left, running, rows))
+        total.images_per_s = sum(row.images_per_s or 0.0 for row in rows) or None
+        num_running = sum(len(job.indices) for job in running)
+        self.screen.show(
+            f"{done} of {self.num_runs} runs done, {num_running} running, {failed} failed, "
+            f"{self.num_runs - done - failed - num_running} left; {duration(elapsed_s)} so far",
+            rows,
+            total,
+        )
+
+    def _make_row(self, job: "Job") -> Row:
+        if job.runs is None:
+            return Row(" ".join(job.overrides[0]), note="running")
+        seeds = [run.config["seed"] for run in job.runs]
+        name = f"{self.cells[job.runs[0].digest]} {name_seeds(seeds)}"
+        return make_row(name, [self.watcher.look(run.directory) for run in job.runs])
+
+    def _pass_on(self) -> None:
+        if words := self.file.read():
+            print(words, end="" if words.endswith("\n") else "\n", flush=True)
+
+
+def _estimate_s(left: float, running: Sequence["Job"], rows: Sequence[Row]) -> float | None:
+    """Seconds that the cost `left` takes at the speed of the rows, no less than the slowest; None is not known yet."""
+    pairs = [(job, row) for job, row in zip(running, rows, strict=True) if row.left_s and math.isfinite(row.left_s)]
+    if not pairs:
+        return None
+    speed = sum(job.cost * (1 - row.share) / row.left_s for job, row in pairs) * len(rows) / len(pairs)
+    return max(left / speed, *(row.left_s for _, row in pairs)) if speed else None
+
+
+def print_into(words: str | None, work: object, *arguments: object) -> None:
+    """In a process of its own: do `work`, and let what it prints be appended to the file `words`, if there is one."""
+    if words is not None:
+        descriptor = os.open(words, os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+    work(*arguments)
