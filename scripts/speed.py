@@ -35,6 +35,7 @@ from gnbench.data import Dataset, Split, train_batches
 from gnbench.engine import keep_freed_memory, make_engine, most_lanes
 from gnbench.plan import num_cores
 from gnbench.recipe import Recipe
+from gnbench.timing import wait_for_device
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Training
 from hydra_plugins.gnbench.cores import MOST_ON_A_GPU
@@ -160,28 +161,22 @@ def matrix_products(device: str):
         yield 2 * size**3
 
 
-def serve(connection, make) -> None:
+def serve(connection, make, device: str) -> None:
     """In a process: build a loop, report how long its first step took, then count for so many seconds when told."""
     started = time.perf_counter()
     loop = make()
     next(loop)
-    wait_for_device()
+    wait_for_device(torch.device(device))
     first_step_s = time.perf_counter() - started
     next(loop)
-    wait_for_device()
+    wait_for_device(torch.device(device))
     connection.send(first_step_s)
     while (seconds := connection.recv()) is not None:
         count, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
             count += next(loop)
-        wait_for_device()
+        wait_for_device(torch.device(device))
         connection.send((count / (time.perf_counter() - started), peak_memory_mb()))
-
-
-def wait_for_device() -> None:
-    """Until what was asked of a GPU is done; a CPU does what it is asked at once."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def peak_memory_mb() -> float:
@@ -193,12 +188,12 @@ def peak_memory_mb() -> float:
 class Workers:
     """Processes that do the same side by side; their rates add up to the machine's."""
 
-    def __init__(self, number: int, make) -> None:
+    def __init__(self, number: int, make, device: str) -> None:
         context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         self.pipes, self.processes = [], []
         for _ in range(number):
             ours, theirs = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(theirs, make)))
+            self.processes.append(context.Process(target=serve, args=(theirs, make, device)))
             self.processes[-1].start()
             theirs.close()  # so that a process that dies is heard of
             self.pipes.append(ours)
@@ -238,7 +233,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
     shuffle = random.Random(0).sample
     try:
         for way, (number, make) in makers.items():
-            workers[way] = Workers(number, make)
+            workers[way] = Workers(number, make, device)
         for _ in range(options.rounds):
             for way in shuffle(list(makers), len(makers)):  # whoever comes after the loader's workers has them to bear
                 rates[way].append(workers[way].measure(options.seconds))
