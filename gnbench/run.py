@@ -87,10 +87,10 @@ def execute(run: Run, progress: bool = False) -> dict:
 def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) -> list[dict]:
     """Train runs that are alike but for their seeds, side by side as one network, and return their records.
 
-    A measurement of cost is a run too. A finished run is left as it is; an unfinished one goes on from its checkpoint; one that another process is
-    training is left to it. A record's status is done or diverged (results), running (another process has it),
-    interrupted, or failed: `cause` says why and run.log has the traceback. What stops all of the runs, or the only
-    one, is raised again.
+    A finished run is left as it is; an unfinished one goes on from its checkpoint; one that another process is
+    training is left to it. A measurement of cost is a run too, without checkpoints. A record's status is done or
+    diverged (results), running (another process has it), interrupted, or failed: `cause` says why and run.log has the
+    traceback. What stops all of the runs, or the only one, is raised again.
 
     Args:
         progress: show a bar, where standard error is a terminal.

@@ -97,7 +97,9 @@ def load_runs(directories: Sequence[Path | str]) -> "pd.DataFrame":
     from gnbench.analysis import table
 
     places = {Path(directory).resolve(): directory for directory in reversed(directories)}
-    frames = [table.load(directory, measure=None).assign(directory=str(directory)) for directory in reversed(places.values())]
+    frames = [
+        table.load(directory, measure=None).assign(directory=str(directory)) for directory in reversed(places.values())
+    ]
     columns = list(dict.fromkeys(key for frame in frames for key in frame))
     told = [frame.dropna(axis="columns", how="all") for frame in frames]  # a column without values has no type to keep
     return pd.concat(told, ignore_index=True).reindex(columns=columns)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -208,6 +209,23 @@ def rank_norm(name: str) -> tuple[int, str]:
     return (order.index(name), "") if name in order else (len(order), str(name))
 
 
+def identify_norms(frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
+    """One text a row, the same for the same norm with the same parameters in the same model.
+
+    Args:
+        columns: of the parameters: the `norm_columns` of all frames that are to be joined.
+    """
+    keys = ["norm", "model", *columns]
+    rows = frame.reindex(columns=keys).to_dict("records")
+    return pd.Series([json.dumps([_text(row[key]) for key in keys]) for row in rows], index=frame.index, dtype=object)
+
+
+def norm_columns(*frames: pd.DataFrame) -> list[str]:
+    """The columns of frames that are a norm's parameters, but for its normalization batch size."""
+    own = {key for frame in frames for key in frame if key.startswith("norm.")}
+    return ["num_groups", "channels_per_group", *sorted(own)]
+
+
 def _read_directory(directory: Path | str) -> list[dict]:
     directory = Path(directory)
     if not directory.is_dir():
@@ -338,8 +356,7 @@ def _label(frame: pd.DataFrame) -> pd.DataFrame:
     frame[["variant", "setting", "label"]] = ""
     readable = frame[frame["status"] != "unreadable"]
     for norm, rows in readable.groupby("norm"):
-        own = ["num_groups", "channels_per_group", *sorted(key for key in frame if key.startswith("norm."))]
-        keys = _distinguish(rows, own)
+        keys = _distinguish(rows, norm_columns(frame))
         if set(keys) & set(SHORT):  # a run gives one of the two and leaves the other empty
             keys = list(dict.fromkeys([*SHORT, *keys]))
         variants, parts = _describe(rows, keys, {}), _describe(rows, keys, SHORT)
