@@ -51,10 +51,10 @@ class Config(Recipe):
     num_threads: Any = "auto"  # auto: 1 in a sweep, which runs one process a core; all cores for a single run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     measure: str | None = None  # null or error: train; cost: measure time and memory of a step, and train nothing
-    memory_format: str | None = None  # with measure=cost: auto (what engine=auto takes), channels_last, contiguous
-    cost_rounds: int | None = None  # with measure=cost: rounds, in each of which the norm and BN take their turns
-    cost_round_s: float | None = None  # with measure=cost: seconds of steps, and of inference, of each in a round
-    cost_warm_up: int | None = None  # with measure=cost: steps of each before the first round
+    memory_format: str | None = None  # with measure=cost: auto (as engine=auto; null: this), channels_last, contiguous
+    cost_rounds: int | None = None  # with measure=cost: rounds in which the norm and BN take turns; null: 15
+    cost_round_s: float | None = None  # with measure=cost: seconds of steps, and of inference, of each; null: 0.05
+    cost_warm_up: int | None = None  # with measure=cost: steps of each before the first round; null: 3
     results: str = "results/runs"  # where the run's directory goes; a sweep has its own
     checkpoint_s: float = 60.0  # seconds between two checkpoints: what a kill can cost
 

@@ -191,8 +191,11 @@ def count_saved_bytes(compute: Callable[[], object], known: Iterable[Tensor] = (
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """Of a GPU's memory, what torch's tensors take at this moment."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    """Of a GPU's memory, what torch's tensors take at this moment, without those that nobody needs."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    return torch.cuda.memory_allocated(device)
 
 
 def measure_peak(subject: Subject, allocated: int) -> float | None:

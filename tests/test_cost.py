@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import environment, tiny_config
 from matplotlib.text import Text
+from omegaconf import OmegaConf
 from synthetic import make_config, write_run
 from torch import nn
 
@@ -22,6 +23,7 @@ from gnbench import timing
 from gnbench.analysis import check, report, runs, table
 from gnbench.analysis import cost as analysis
 from gnbench.analysis.statistics import summarize
+from gnbench.configs import CONFIGS, choices
 from gnbench.cost import count_saved_bytes, find_largest, summarize_rounds, take_batch, time_rounds
 from gnbench.errors import UserError
 from gnbench.plan import plan_run
@@ -267,6 +269,11 @@ def test_a_training_is_the_run_that_it_was_before_there_were_measurements():
     assert not {"measure", "memory_format", "cost_rounds", "cost_round_s", "cost_warm_up"} & set(plain.config)
     assert cost.digest == plan_tiny("measure=cost", "memory_format=auto", "cost_rounds=15").digest
     assert cost.digest != plan_tiny("measure=cost", "memory_format=contiguous").digest
+
+
+def test_the_sweep_is_of_every_norm():
+    params = OmegaConf.load(CONFIGS / "sweep" / "cost.yaml").hydra.sweeper.params
+    assert sorted(params.norm.split(",")) == sorted(set(choices("norm")) - {"custom"})
 
 
 def test_measurements_go_one_at_a_time():
