@@ -502,18 +502,20 @@ def test_costs_and_memory_are_drawn_for_every_norm_batch_size_and_setting(both):
     write_cost(costs, "gn", 4, ratio=0.5)
     write_cost(costs, "gn", 32, ratio=3.0, precision="bf16")
     write_cost(costs, "ln", 32, status="failed", cause="RuntimeError: no")
+    write_cost(costs, "in", 4, ratio=0.25)
     frame = analysis.load(costs)
     axes = analysis.cost_vs_bn(frame)
     assert [ax.get_title() for ax in axes] == [
         f"batch size {size}\nprecision={precision}" for precision in ("float32", "bf16") for size in (32, 4)
     ]
     drawn = [[line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1] for ax in axes]
-    assert drawn == [[1.0, 1.0, 1.5, 1.5], [0.5, 0.5], [3.0, 3.0], []]
-    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["BN", "GN"]
+    assert drawn == [[1.0, 1.0, 1.5, 1.5], [0.25, 0.25, 0.5, 0.5], [3.0, 3.0], []]
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["IN", "BN", "GN"]  # by geometric means
     assert "cost of LN" in note(axes[0].figure)
     panels = analysis.saved_memory(frame)
     assert [text.get_text() for text in panels[0].texts] == [" +4.0", " +4.0"]
     assert "batch size 32" in panels[0].get_xlabel()
+    assert "Measured at other batch sizes alone: IN" in note(panels[0].figure)
 
 
 def test_bn_that_shares_statistics_among_fewer_images_has_a_row_of_its_own(tmp_path):

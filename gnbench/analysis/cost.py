@@ -75,11 +75,11 @@ def name_gaps(costs: pd.DataFrame) -> list[str]:
 
 
 def headline(costs: pd.DataFrame, most: int = 4) -> str:
-    """The cheapest norms in one sentence, at the largest batch size."""
+    """The cheapest norms in one sentence, at the batch size at which most were measured, the largest of several."""
     done = costs[costs["status"] == "done"]
     if done.empty:
         return "No measurement has finished."
-    size = done["batch_size"].max()
+    size = _find_size(done)
     own = done[done["batch_size"] == size].sort_values("step_ratio", kind="stable")
     told = [f"{row.label} {row.step_ratio:.2f}" for row in own.itertuples()]
     if len(told) > most:
@@ -216,14 +216,18 @@ def cost_vs_bn(costs: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Seque
 
 @figures.styled
 def saved_memory(costs: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
-    """MiB that a step keeps for its backward pass at the largest batch size: the model's without norms, and the norm's.
+    """MiB that a step keeps for its backward pass: the model's without norms, and the norm's.
+
+    At the batch size at which most norms were measured, the largest of several: the numbers are in proportion to it.
 
     Args:
         costs: as `load` returns it.
         axes: one for each setting.
     """
     done = _named(costs)
-    done = done[done["batch_size"] == done["batch_size"].max()].drop_duplicates(["setting", "name"])
+    size = _find_size(done)
+    elsewhere = done.loc[~done["name"].isin(done.loc[done["batch_size"] == size, "name"]), "name"].unique()
+    done = done[done["batch_size"] == size].drop_duplicates(["setting", "name"])
     settings = list(done["setting"].unique())
     order = done.groupby("name")["saved_mb"].mean().sort_values(kind="stable").index
     if axes is None:
@@ -243,10 +247,11 @@ def saved_memory(costs: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Seq
         ax.set_ylim(len(order) - 0.4, -0.6)
         ax.set_xlim(0, 1.13 * np.nanmax(own["saved_mb"]))
         ax.grid(axis="y", visible=False)
-        ax.set_xlabel(f"saved for the backward pass at batch size {own['batch_size'].dropna().iloc[0]} (MiB)")
+        ax.set_xlabel(f"saved for the backward pass at batch size {size} (MiB)")
     notes = [
         "Grey: the model without norms; colour, and the number: what the norm adds. Parameters, buffers and the batch "
         "itself do not count.",
+        f"Measured at other batch sizes alone: {', '.join(elsewhere)}" if len(elsewhere) else "",
         _describe(done),
         *name_gaps(costs),
     ]
@@ -383,6 +388,12 @@ def _pair_sizes(errors: pd.Series, costs: pd.Series) -> dict[int, int]:
     pairs = [(abs(math.log2(a / b)), -a, -b) for a in of_errors for b in of_costs]
     _, a, b = min(pairs)
     return {-a: -b}
+
+
+def _find_size(done: pd.DataFrame) -> int:
+    """The batch size at which most norms were measured, the largest of several."""
+    counts = done.groupby("batch_size")["label"].nunique()
+    return int(max(counts[counts == counts.max()].index))
 
 
 def _named(costs: pd.DataFrame) -> pd.DataFrame:
