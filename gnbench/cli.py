@@ -53,6 +53,11 @@ class Config(Recipe):
     deterministic: bool | None = None  # whether a GPU uses algorithms that give the same bits every time; a CPU does
     num_threads: Any = "auto"  # auto: 1 in a sweep or by torchrun, with a process a core; all cores for a single run
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    measure: str | None = None  # null or error: train; cost: measure time and memory of a step, and train nothing
+    memory_format: str | None = None  # with measure=cost: auto (as engine=auto; null: this), channels_last, contiguous
+    cost_rounds: int | None = None  # with measure=cost: rounds in which the norm and BN take turns; null: 15
+    cost_round_s: float | None = None  # with measure=cost: seconds of steps, and of inference, of each; null: 0.05
+    cost_warm_up: int | None = None  # with measure=cost: steps of each before the first round; null: 3
     results: str = "results/runs"  # where the run's directory goes; a sweep has its own
     checkpoint_s: float = 60.0  # seconds between two checkpoints: what a kill can cost
     tensorboard: bool = False  # whether each epoch's numbers are also written for TensorBoard, into the run's directory
@@ -75,7 +80,7 @@ def plan(cfg: DictConfig, in_sweep: bool) -> Run:
 
 
 def train_one(cfg: DictConfig) -> dict:
-    """Train the run that `cfg` means and return its record. Hydra calls it, once a run."""
+    """Train the run that `cfg` means, or measure its cost, and return its record. Hydra calls it, once a run."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if count_workers() > 1:
             raise UserError("torchrun trains one run, with hydra/sweeper=grid also as a sweep of one")
@@ -104,8 +109,14 @@ def train_run(run: Run, progress: bool) -> dict | None:
 
 def describe(record: dict) -> str:
     """A finished run in one line."""
-    config, result = record["config"], record["result"]
+    config, result, cost = record["config"], record["result"], record.get("cost")
     name = f"{config['norm']['name']} batch_size={config['batch_size']} seed={config['seed']}"
+    if cost is not None:
+        return (
+            f"{name} {cost['norm_format']} {config['precision']}: {cost['step_ms']:.2f} ms a step, "
+            f"{cost['step_ratio']:.2f} of BN's; {cost['inference_ms']:.2f} ms of inference, "
+            f"{cost['inference_ratio']:.2f} of BN's"
+        )
     if result is None:
         return f"{name}: {record['status']}" + (f", {record['cause']}" if record.get("cause") else "")
     return (

@@ -17,12 +17,15 @@ from gnbench.tuning import choose_base_lr
 
 PRECISIONS = ("float32", "tf32", "bf16")
 ENGINES = ("auto", "eager", "cuda_graph")
+MEASURES = ("error", "cost")
+MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
+COST_KEYS = {"memory_format": "auto", "cost_rounds": 15, "cost_round_s": 0.05, "cost_warm_up": 3}  # what null becomes
 SPLIT_KEYS = ("train_size", "val_size", "split_seed", "augment")  # of `data`; its other keys belong to the source
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training that is legal as far as can be told without torch."""
+    """A training, or a measurement of cost, that is legal as far as can be told without torch."""
 
     config: dict  # resolved, plain values, as its record keeps it
     digest: str
@@ -41,7 +44,14 @@ class Run:
     @property
     def cost(self) -> float:
         """Its work relative to other runs: a step takes about as long as 2 images more than it has."""
+        if self.measures_cost:
+            return 1.0  # it lasts as long as it is told to
         return self.config["epochs"] * (1 + 2 / self.config["batch_size"])
+
+    @property
+    def measures_cost(self) -> bool:
+        """Whether it is a measurement, and nothing is trained."""
+        return self.config.get("measure") == "cost"
 
     def is_finished(self) -> bool:
         """Whether its record says done or diverged. A record that cannot be read does not count."""
@@ -76,6 +86,7 @@ def plan_run(config: dict, default_threads: int) -> Run:
         raise UserError(f"checkpoint_s={config['checkpoint_s']} is not legal: it is a number of seconds above 0")
     if not config.get("deterministic"):  # asks for nothing: records, and their cells, are those from before the key
         config.pop("deterministic", None)
+    _settle_measure(config)
     if config["tuned_from"] is not None:
         config["base_lr"], config["tuning"] = choose_base_lr(config)
     _require_finite(config)
@@ -133,6 +144,29 @@ def _num_threads(asked: int | str, default: int) -> int:
     if not isinstance(asked, int) or asked < 1:
         raise UserError(f"num_threads={asked} is not legal: it is auto, or a number of 1 or more")
     return asked
+
+
+def _settle_measure(config: dict) -> None:
+    """Give a measurement of cost the values of its keys; a training has none, and so its record is as it ever was."""
+    measure = config.pop("measure", None) or "error"
+    given = {key: config.pop(key, None) for key in COST_KEYS}
+    if measure not in MEASURES:
+        raise UserError(f"measure={measure} is not legal: it is one of {', '.join(MEASURES)}")
+    if measure == "error":
+        for key, value in given.items():
+            if value is not None:
+                raise UserError(f"{key}={value} is not legal for a training: it belongs to measure=cost")
+        return
+    config["measure"] = measure
+    config.update({key: default if given[key] is None else given[key] for key, default in COST_KEYS.items()})
+    if config["engine"] != "auto":
+        raise UserError(f"engine={config['engine']} is not legal with measure=cost: memory_format says how a step goes")
+    if config["memory_format"] not in MEMORY_FORMATS:
+        legal = ", ".join(MEMORY_FORMATS)
+        raise UserError(f"memory_format={config['memory_format']} is not legal: it is one of {legal}")
+    for key, least in (("cost_rounds", 1), ("cost_round_s", 0), ("cost_warm_up", 1)):
+        if config[key] < least:
+            raise UserError(f"{key}={config[key]} is not legal: it is {least} or more")
 
 
 def _require_finite(config: dict, prefix: str = "") -> None:

@@ -1,6 +1,7 @@
 """Planned runs from their start, or from their checkpoints, to their records: every way to end has a status."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -24,6 +25,7 @@ from gnbench.board import Board, check_tensorboard
 from gnbench.build import build_model, check_norm, depends_on_batch
 from gnbench.checkpoint import CURRENT, PREVIOUS, delete_checkpoints, load_checkpoints, save_checkpoint
 from gnbench.configs import arguments, partial
+from gnbench.cost import measure_cost
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
 from gnbench.engine import check_engine, keep_freed_memory, make_engine
@@ -95,9 +97,9 @@ def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) 
     """Train runs that are alike but for their seeds, side by side as one network, and return their records.
 
     A finished run is left as it is; an unfinished one goes on from its checkpoint; one that another process is
-    training is left to it. A record's status is done or diverged (results), running (another process has it),
-    interrupted, or failed: `cause` says why and run.log has the traceback. What stops all of the runs, or the only
-    one, is raised again.
+    training is left to it. A measurement of cost is a run too, without checkpoints. A record's status is done or
+    diverged (results), running (another process has it), interrupted, or failed: `cause` says why and run.log has the
+    traceback. What stops all of the runs, or the only one, is raised again.
 
     Args:
         progress: show a bar, where standard error is a terminal.
@@ -275,11 +277,36 @@ def _train_recorded(members: list[_Member], progress: bool, alone: bool) -> None
     config = members[0].run.config
     device = choose_device(config["device"], config["precision"])
     set_arithmetic(config)
+    if members[0].run.measures_cost:
+        for member in members:
+            _measure_recorded(member, device)
+        return
     for member in members:
         member.training = make_training(member.run, device)
     keep_lanes = not alone and config["engine"] != "eager" and count_workers() == 1
     for digests, lanes in _line_up(members, keep_lanes):
         _train_lanes(digests, lanes, device, progress)
+
+
+def _measure_recorded(member: _Member, device: torch.device) -> None:
+    """Measure what a norm costs. It takes seconds: one that is stopped begins anew."""
+    config, environment = member.run.config, _environment(member.run, device)
+
+    def make(norm: dict) -> Training:
+        return make_training(dataclasses.replace(member.run, config={**config, "norm": norm}), device)
+
+    with stop_signals() as stop:
+
+        def pause() -> None:
+            if stop:
+                raise Interrupted(stop[0])
+
+        member.save(environment=environment)
+        cost = measure_cost(config, make, pause)
+        pause()
+        environment["engine"] = "channels_last" if cost["norm_format"] == "channels_last" else "eager"
+        member.finish(status="done", num_parameters=cost.pop("num_parameters"), cost=cost)
+    log.info("%.2f ms a step, %.2f of BN's", cost["step_ms"], cost["step_ratio"], extra={"run": member.run.name})
 
 
 def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.device, progress: bool) -> None:

@@ -34,6 +34,7 @@ from gnbench.engine import keep_freed_memory, make_engine, most_lanes
 from gnbench.plan import num_cores
 from gnbench.recipe import Recipe
 from gnbench.run import name_processor
+from gnbench.timing import wait_for_device
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Training, peak_memory_mb
 from hydra_plugins.gnbench.cores import MOST_ON_A_GPU
@@ -164,23 +165,17 @@ def serve(connection, make, device: str) -> None:
     started = time.perf_counter()
     loop = make()
     next(loop)
-    wait_for_device()
+    wait_for_device(torch.device(device))
     first_step_s = time.perf_counter() - started
     next(loop)
-    wait_for_device()
+    wait_for_device(torch.device(device))
     connection.send(first_step_s)
     while (seconds := connection.recv()) is not None:
         count, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
             count += next(loop)
-        wait_for_device()
+        wait_for_device(torch.device(device))
         connection.send((count / (time.perf_counter() - started), peak_memory_mb(torch.device(device))))
-
-
-def wait_for_device() -> None:
-    """Until what was asked of a GPU is done; a CPU does what it is asked at once."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 class Workers:

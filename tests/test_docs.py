@@ -39,7 +39,7 @@ def test_the_page_of_keys_is_what_the_code_and_the_files_say():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Records of real runs that have every field between them: of BN, of a model with a response."""
+    """Records of real runs that have every field between them: of BN, of a model with a response, of a cost."""
     from gnbench.run import execute
 
     directory = tmp_path_factory.mktemp("runs")
@@ -47,6 +47,7 @@ def records(tmp_path_factory):
     for words in (
         ["norm=bn", "max_steps=2"],
         ["norm=gn", "model=vgg16", "model.width=0.0625", "data.size=32", "max_steps=1", "norm.num_groups=2"],
+        ["measure=cost", "cost_rounds=1", "cost_round_s=0"],
     ):
         config = {**tiny_config("data.val_size=12", "epochs=1", "report_epochs=1", *words), "results": str(directory)}
         run = plan_run(config, default_threads=1)
@@ -67,10 +68,14 @@ def test_every_field_of_a_record_is_told_and_every_field_told_is_there(records):
     present = set()
     for record in records:
         present |= set(record)
-        for place in ("environment", "result"):
-            present |= {f"{place}.{key}" for key in record[place]}
+        for place in ("environment", "result", "cost"):
+            present |= {f"{place}.{key}" for key in record.get(place) or ()}
         present |= {f"history.{key}" for row in record["history"] for key in row}
-        present |= {f"result.test_error_by_statistics.{key}" for key in record["result"]["test_error_by_statistics"]}
+        present |= {
+            f"result.test_error_by_statistics.{key}"
+            for key in (record["result"] or {}).get("test_error_by_statistics", ())
+        }
+        present |= {f"cost.rounds.{key}" for row in record.get("cost", {}).get("rounds", ()) for key in row}
     assert documented_keys() == present
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import compose_config, environment, tiny_config
 
+from gnbench import timing
 from gnbench.engine import Eager
 from gnbench.errors import UserError
 from gnbench.plan import plan_run
@@ -72,6 +73,7 @@ def test_a_calibration_measures_steps_and_tests_and_leaves_nothing(tmp_path, mon
         now[0] += seconds
 
     monkeypatch.setattr(planning, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
     monkeypatch.setattr(Eager, "step", lambda self, batches: (take_time(2.0), step(self, batches))[1])
     monkeypatch.setattr("gnbench.evaluate.evaluate", lambda model, dataset, split, *_: take_time(0.5 * len(split)))
     found = planning.calibrate([plan_tiny(tmp_path / "out", f"norm={norm}", "data.val_size=12")], started_s=-4.0)

@@ -107,6 +107,8 @@ def _check_status(place: Path, record: dict) -> list[str]:
 
 
 def _check_numbers(record: dict) -> list[str]:
+    if record["config"].get("measure") == "cost":
+        return _check_cost(record)
     history, result = record["history"], record["result"]
     epochs = [row["epoch"] for row in history]
     if epochs != list(range(1, len(epochs) + 1)):
@@ -124,6 +126,23 @@ def _check_numbers(record: dict) -> list[str]:
         for key in ("train_error", "test_error", "val_error"):
             if row.get(key) is not None and not 0 <= row[key] <= 100:
                 sentences.append(f"{key} of epoch {row['epoch']} is {row[key]} %")
+    return sentences
+
+
+def _check_cost(record: dict) -> list[str]:
+    cost = record.get("cost")
+    if record["status"] != "done":
+        return [] if cost is None else [f"has a cost, being {record['status']}"]
+    if cost is None or not cost["rounds"]:
+        return ["is done, without a cost or without its rounds"]
+    sentences = []
+    for way in ("step", "inference"):
+        times = [row[f"{way}_ms"] for row in cost["rounds"]]
+        ratios = [row[f"{way}_ms"] / row[f"bn_{way}_ms"] for row in cost["rounds"]]
+        for key, values in ((f"{way}_ms", times), (f"{way}_ratio", ratios)):
+            expected = statistics.median(values)
+            if not math.isclose(cost[key], expected, rel_tol=1e-9):
+                sentences.append(f"{key} is {cost[key]}, by its rounds {expected}")
     return sentences
 
 

@@ -159,29 +159,31 @@ def write_report(
     Raises:
         UserError: a directory holds no records, or `out` cannot be written.
     """
-    from gnbench.analysis import claims, figures, statistics, table
+    from gnbench.analysis import claims, cost, figures, statistics, table
 
-    frame = table.load(*directories)
+    frame, costs = table.load(*directories), cost.load(*directories)
     tables = {
         "runs": frame,
         "summary": statistics.summarize(frame),
         "groups": tabulate_groups(frame),
         "claims": claims.claims(frame, margin),
+        "cost": costs.reindex(columns=cost.COLUMNS),
     }
     written = []
     for name, content in tables.items():
         if len(content):
             written.append(out / f"{name}.csv")
             write_atomic(written[-1], content.to_csv(index=False, lineterminator="\n").encode())
-    drawn = draw_figures(frame, table.curves(*directories), decreasing, reference)
+    drawn = draw_figures(frame, table.curves(*directories), decreasing, reference) if len(frame) else {}
+    drawn.update(cost.draw_figures(frame, costs))
     for name, (_, figure) in drawn.items():
         paths = [out / f"{name}.svg", out / f"{name}.png"]
         figures.save(figure, *paths)
         written += paths
     images = [(title, _encode(out / f"{name}.svg")) for name, (title, _) in drawn.items()]
     written.append(out / "report.html")
-    write_atomic(written[-1], render_page(frame, tables, images, refresh_s).encode())
-    return written, headline(frame)
+    write_atomic(written[-1], render_page(frame, costs, tables, images, refresh_s).encode())
+    return written, headline(frame) if len(frame) else cost.headline(costs)
 
 
 def draw_figures(
@@ -278,26 +280,32 @@ def headline(frame: "pd.DataFrame") -> str:
 
 
 def render_page(
-    frame: "pd.DataFrame", tables: dict, images: Sequence[tuple[str, str]], refresh_s: int | None = None
+    frame: "pd.DataFrame",
+    costs: "pd.DataFrame",
+    tables: dict,
+    images: Sequence[tuple[str, str]],
+    refresh_s: int | None = None,
 ) -> str:
     """The HTML page: needs nothing from outside itself; whatever comes from records is escaped."""
     import jinja2
 
-    from gnbench.analysis import statistics
+    from gnbench.analysis import cost, statistics
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     unfinished = frame[frame["status"] != "done"]
+    facts = (list_facts(frame) if len(frame) else []) + (cost.list_facts(costs) if len(costs) else [])
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         refresh=REFRESH.format(refresh_s) if refresh_s else "",
-        headline=headline(frame),
-        facts=list_facts(frame),
-        gaps=statistics.name_gaps(frame),
+        headline=headline(frame) if len(frame) else cost.headline(costs),
+        facts=facts,
+        gaps=statistics.name_gaps(frame) + cost.name_gaps(costs),
         images=images,
         summary=_format_summary(tables["summary"]),
         claims=_format_claims(tables["claims"]),
-        norms=_format(tabulate_norms(frame), NORM_COLUMNS),
+        costs=_format(cost.tabulate_page(costs), cost.PAGE_COLUMNS),
+        norms=_format(tabulate_norms(frame if len(frame) else costs), NORM_COLUMNS),
         unfinished=_format(unfinished, {"run": "run", "status": "status", "cause": "cause"}),
         runs=_format(frame, RUN_COLUMNS),
     )

@@ -32,7 +32,8 @@ NOT_TEXT = ("null", "true", "false", "inf", "nan")
 NOT_TYPED = ("tuning", "norm.source", "norm.weight.source", "results")  # what a run worked out; where it stood
 NOT_CONFIG = (  # columns that do not say what was asked for
     *("variant", "setting", "label", "status", "cause", "cell", "sweep", "run", "directory", "tuned", "results"),
-    *("epochs_done", "num_parameters", "images_per_s", "peak_memory_mb"),
+    *("epochs_done", "num_parameters", "images_per_s", "peak_memory_mb", "norm_format", "bn_format"),
+    *("threads", "measured_on"),
 )
 WATCH_S = 2.0  # between two looks of --watch
 NEVER = 1000  # changes of a file that is not to be chosen
@@ -112,7 +113,9 @@ def load_runs(directories: Sequence[Path | str]) -> "pd.DataFrame":
     from gnbench.analysis import table
 
     places = {Path(directory).resolve(): directory for directory in reversed(directories)}
-    frames = [table.load(directory).assign(directory=str(directory)) for directory in reversed(places.values())]
+    frames = [
+        table.load(directory, measure=None).assign(directory=str(directory)) for directory in reversed(places.values())
+    ]
     columns = list(dict.fromkeys(key for frame in frames for key in frame))
     told = [frame.dropna(axis="columns", how="all") for frame in frames]  # a column without values has no type to keep
     return pd.concat(told, ignore_index=True).reindex(columns=columns)
@@ -249,6 +252,7 @@ def _print_comparison(chosen: "pd.DataFrame") -> int:
         if not _is_number(key) and key not in NOT_CONFIG and readable[key].map(_to_text).nunique() > 1
     ]
     numbers = [key for key in chosen if _is_number(key) and readable[key].notna().any()]
+    numbers = [key for key in numbers if not key.endswith(("_low", "_high"))]
     _print_table([{key: row[key] for key in ("run", *keys, "status", *numbers)} for row in _rows(readable)])
     print(f"\n{len(readable)} runs, which differ in {', '.join(keys) or 'nothing of their config'}")
     for row in _rows(chosen[chosen["status"] == "unreadable"]):
@@ -336,7 +340,9 @@ def _show(key: str, value: object) -> str:
 
 def _is_number(key: str) -> bool:
     """Whether a column is a number that a run reports."""
-    return key in NUMBERS or key.startswith("test_error_")
+    from gnbench.analysis.table import COSTS
+
+    return key in (*NUMBERS, *COSTS) or key.startswith("test_error_")
 
 
 def _to_text(value: object) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -54,6 +55,11 @@ COLUMNS = (
     *("epochs_done", "num_parameters", "device", "processor", "torch", "sweep", "run", "cell"),
 )
 CURVES = ("train_loss", "train_error", "test_loss", "test_error", "val_error")  # of every epoch
+SPREAD = ("step_ms", "step_ratio", "inference_ms", "inference_ratio", "bn_step_ms", "bn_inference_ms")
+COSTS = (  # of a measurement, beside images_per_s, time_s and peak_memory_mb
+    *(f"{key}{end}" for key in SPREAD for end in ("", "_low", "_high")),
+    *("inference_images_per_s", "saved_mb", "norm_saved_mb", "largest_batch"),
+)
 IDENTITY = COLUMNS[: COLUMNS.index("status")]  # what a row is, before what it measured
 
 # How a run is executed, not what is trained: these may differ inside one cell.
@@ -63,7 +69,7 @@ TUNED = ("base_lr", "momentum", "weight_decay", "warmup_epochs")
 AXES = ("batch_size", "norm_batch_size")
 
 
-def load(*directories: Path | str) -> pd.DataFrame:
+def load(*directories: Path | str, measure: str | None = "error") -> pd.DataFrame:
     """The runs of one or more sweep directories (`directory/<run>/record.json`) as a frame, a row a run.
 
     `cell` is a digest of all of a run's config but its seed and how it was executed: rows with the same cell are the
@@ -72,10 +78,14 @@ def load(*directories: Path | str) -> pd.DataFrame:
     in `COLUMNS` are the rest of the config, flattened. A record that cannot be read is a row of status "unreadable"
     whose `cause` says why.
 
+    Args:
+        measure: "error" is trainings; "cost" is measurements of cost (`COSTS`), no row where there are none; None is
+            both, for lists.
+
     Raises:
         UserError: a directory does not exist or holds no records.
     """
-    return _tabulate(directories).drop(columns="history")
+    return _tabulate(directories, measure).drop(columns="history")
 
 
 def curves(*directories: Path | str) -> pd.DataFrame:
@@ -86,7 +96,7 @@ def curves(*directories: Path | str) -> pd.DataFrame:
     Raises:
         UserError: a directory does not exist or holds no records.
     """
-    runs = _tabulate(directories)[[*IDENTITY, "status", "cause", "cell", "sweep", "run", "history"]]
+    runs = _tabulate(directories, "error")[[*IDENTITY, "status", "cause", "cell", "sweep", "run", "history"]]
     runs = runs.explode("history", ignore_index=True)
     entries = [entry if isinstance(entry, dict) else {} for entry in runs["history"]]
     epochs = pd.DataFrame(entries, index=runs.index)
@@ -200,6 +210,23 @@ def rank_norm(name: str) -> tuple[int, str]:
     return (order.index(name), "") if name in order else (len(order), str(name))
 
 
+def identify_norms(frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
+    """One text a row, the same for the same norm with the same parameters in the same model.
+
+    Args:
+        columns: of the parameters: the `norm_columns` of all frames that are to be joined.
+    """
+    keys = ["norm", "model", *columns]
+    rows = frame.reindex(columns=keys).to_dict("records")
+    return pd.Series([json.dumps([_text(row[key]) for key in keys]) for row in rows], index=frame.index, dtype=object)
+
+
+def norm_columns(*frames: pd.DataFrame) -> list[str]:
+    """The columns of frames that are a norm's parameters, but for its normalization batch size."""
+    own = {key for frame in frames for key in frame if key.startswith("norm.")}
+    return ["num_groups", "channels_per_group", *sorted(own)]
+
+
 def _read_directory(directory: Path | str) -> list[dict]:
     directory = Path(directory)
     if not directory.is_dir():
@@ -207,7 +234,9 @@ def _read_directory(directory: Path | str) -> list[dict]:
     paths = find_runs(directory)
     if not paths:
         raise UserError(f"{directory}: holds no records; runs stand directly in it, as <run>/record.json")
-    return [_read_run(path) for path in paths]
+    rows = [_read_run(path) for path in paths]
+    measures = {row["measure"] for row in rows} - {None}
+    return [{**row, "measure": row["measure"] or ("cost" if measures == {"cost"} else "error")} for row in rows]
 
 
 def _read_run(path: Path) -> dict:
@@ -215,7 +244,8 @@ def _read_run(path: Path) -> dict:
     try:
         return {**_flatten_record(load_record(path)), **place}
     except UserError as error:
-        return {"status": "unreadable", "cause": str(error).removeprefix(f"{path}: "), "history": [], **place}
+        cause = str(error).removeprefix(f"{path}: ")
+        return {"status": "unreadable", "cause": cause, "history": [], "measure": None, **place}
 
 
 def _flatten_record(record: dict) -> dict:
@@ -229,13 +259,17 @@ def _flatten_record(record: dict) -> dict:
     config["data_fingerprint"] = record.get("data_fingerprint")  # of the images' content, beside their name
     history = [entry for entry in record.get("history") or [] if isinstance(entry, dict)]
     environment = record.get("environment") or {}
+    measures_cost = config.get("measure") == "cost"
+    if measures_cost:  # a time, other than an error, is of so many threads on such a device
+        config.update(threads=config.get("num_threads"), measured_on=environment.get("device"))
     return {
         **config,
+        "measure": "cost" if measures_cost else "error",
         "cell": _digest_cell(config),
         "status": str(record.get("status")),
         "cause": record.get("cause"),
-        **_measure(record, config, history),
-        "epochs_done": len(history),
+        **(_read_cost(record) if measures_cost else _measure(record, config, history)),
+        "epochs_done": None if measures_cost else len(history),
         "num_parameters": record.get("num_parameters"),
         "device": environment.get("device", config.get("device")),
         "processor": environment.get("processor"),
@@ -295,13 +329,27 @@ def _measure(record: dict, config: dict, history: list[dict]) -> dict:
     }
 
 
+def _read_cost(record: dict) -> dict:
+    """The numbers of a finished measurement of cost."""
+    done = record.get("status") == "done"
+    cost = (record.get("cost") or {}) if done else {}
+    if done and not _is_number(cost.get("step_ms")):
+        raise UserError(f"status is done, but cost.step_ms is {cost.get('step_ms')!r}")
+    names = (*COSTS, "images_per_s", "time_s", "peak_memory_mb")
+    formats = {key: cost.get(key) for key in ("norm_format", "bn_format")}
+    return {**formats, **{key: cost[key] if _is_number(cost.get(key)) else math.nan for key in names}}
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _tabulate(directories: tuple[Path | str, ...]) -> pd.DataFrame:
+def _tabulate(directories: tuple[Path | str, ...], measure: str | None) -> pd.DataFrame:
     rows = [row for directory in directories for row in _read_directory(directory)]
-    return _arrange(_label(pd.DataFrame(rows)))
+    rows = [row for row in rows if measure in (row["measure"], None)]
+    if measure == "error":  # no column for what all have
+        rows = [{key: value for key, value in row.items() if key != "measure"} for row in rows]
+    return _arrange(_label(pd.DataFrame(rows, columns=None if rows else [*COLUMNS, "history"])))
 
 
 def _label(frame: pd.DataFrame) -> pd.DataFrame:
@@ -310,8 +358,7 @@ def _label(frame: pd.DataFrame) -> pd.DataFrame:
     frame[["variant", "setting", "label"]] = ""
     readable = frame[frame["status"] != "unreadable"]
     for norm, rows in readable.groupby("norm"):
-        own = ["num_groups", "channels_per_group", *sorted(key for key in frame if key.startswith("norm."))]
-        keys = _distinguish(rows, own)
+        keys = _distinguish(rows, norm_columns(frame))
         if set(keys) & set(SHORT):  # a run gives one of the two and leaves the other empty
             keys = list(dict.fromkeys([*SHORT, *keys]))
         variants, parts = _describe(rows, keys, {}), _describe(rows, keys, SHORT)
@@ -329,7 +376,7 @@ def _label(frame: pd.DataFrame) -> pd.DataFrame:
 def _setting_keys(frame: pd.DataFrame) -> list[str]:
     """Config keys, not of a norm and no axis, by which runs differ; a tuned one only if it differs at a point."""
     first = ("data", "model", "train_size", "epochs")
-    measured = (*COLUMNS, "history")
+    measured = (*COLUMNS, *COSTS, "norm_format", "bn_format", "measure", "history")
     others = sorted(key for key in frame if key not in measured and not key.startswith(("norm.", "test_error_")))
     kept = _distinguish(frame, [key for key in (*first, *others) if not _is_how(key) and key not in TUNED])
     texts = {key: frame[key].map(_text) for key in kept}

@@ -22,7 +22,17 @@ from gnbench.norms.batch import BatchNorm
 from gnbench.train import Engine, Training
 from gnbench.workers import count_workers
 
-__all__ = ["CudaGraph", "Eager", "Fused", "check_engine", "keep_freed_memory", "make_engine", "most_lanes", "share_out"]
+__all__ = [
+    "CudaGraph",
+    "Eager",
+    "Fused",
+    "check_engine",
+    "keep_freed_memory",
+    "make_engine",
+    "most_lanes",
+    "prefers_channels_last",
+    "share_out",
+]
 
 MOST_LANES = 8  # seeds as one network: with so many, even batches of 2 fill the kernels
 MOST_FUSED_BATCH = 8  # larger batches fill a CPU's kernels by themselves
@@ -46,8 +56,7 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     training = next(training for training in lanes if training is not None)
     recipe, device = training.recipe, training.dataset.mean.device
     modules = list(training.model.modules())
-    own_batch_size = recipe.batch_size // count_workers()
-    channels_last = device.type == "cpu" and engine == "auto" and not _needs_channels_first(modules, own_batch_size)
+    channels_last = engine == "auto" and prefers_channels_last(training)
     check_engine(engine, device)
     if count_workers() > 1:
         from gnbench.engine.distributed import Distributed  # torch.distributed is for those who need it
@@ -62,6 +71,12 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
         long = training.total_steps * recipe.batch_size >= WORTH_COMPILING
         made = Eager(training, channels_last, compiled=channels_last and is_bn and long)
     return CudaGraph(made) if engine == "cuda_graph" else made
+
+
+def prefers_channels_last(training: Training) -> bool:
+    """Whether engine=auto keeps a training's weights and activations as (N, H, W, C): on a CPU, with most norms."""
+    on_cpu, own_batch_size = training.dataset.mean.device.type == "cpu", training.recipe.batch_size // count_workers()
+    return on_cpu and not _needs_channels_first(list(training.model.modules()), own_batch_size)
 
 
 def check_engine(engine: str, device: torch.device) -> None:
@@ -92,10 +107,12 @@ def most_lanes(config: dict, on_gpu: bool, asked: int | None = None) -> int:
 
     Args:
         asked: the most that the user wants; None is what is faster. A norm or model from outside of gnbench, which
-            cannot be taken apart, the reference engine and clipped gradients train one by one whatever is asked.
+            cannot be taken apart, the reference engine, clipped gradients and a measurement go one by one whatever is
+            asked.
     """
     ours = all(target.startswith("gnbench.") for part in ("norm", "model") for target in _targets(config[part]))
-    if config["engine"] == "eager" or not ours or config["clip_grad_norm"] is not None:
+    alone = config["engine"] == "eager" or config.get("measure") is not None or config["clip_grad_norm"] is not None
+    if alone or not ours:
         return 1
     small = config["batch_size"] <= (MOST_FUSED_BATCH_ON_GPU if on_gpu else MOST_FUSED_BATCH)
     return asked or (MOST_LANES if small else 1)

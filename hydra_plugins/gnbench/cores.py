@@ -37,7 +37,8 @@ LOOKS = 10  # at a run's directory in the time that it may stand still
 
 @dataclass
 class CoresConf:
-    """`num_processes`: processes side by side; null is one for each core that this process may use.
+    """`num_processes`: processes side by side; null is one for each core that this process may use, or one in all for
+    measurements of cost.
 
     `seeds_per_process`: at most so many seeds of a cell are trained as one network; null is what is faster, 1 is none.
 
@@ -122,6 +123,11 @@ class Cores(Launcher):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"hydra.launcher.{key}={value} is not legal: it is 1 or more, or null")
+        if self._measures_cost() and (self.num_processes or 1) > 1:
+            raise UserError(
+                f"hydra.launcher.num_processes={self.num_processes} is not legal with measure=cost: "
+                "measurements go one at a time, or each would time the others"
+            )
         if self.stall_s is None:
             return
         if self.runs is None:
@@ -158,9 +164,14 @@ class Cores(Launcher):
         on_cpu = self.runs is not None and all(run.config["device"] == "cpu" for run in self.runs)
         return torch.cuda.is_available() and not on_cpu
 
+    def _measures_cost(self) -> bool:
+        return any(run.measures_cost for run in self.runs or ())
+
     def _num_processes(self) -> int:
         from gnbench.plan import num_cores
 
+        if self._measures_cost():
+            return 1
         most = MOST_ON_A_GPU if self._on_gpu() else num_cores()
         return self.num_processes or min(num_cores(), most)
 

@@ -32,6 +32,7 @@ STEPS_S = 0.5  # of steps in a calibration
 EVALUATION_S = 0.5  # of a batch in evaluation, as far as can be foretold
 FEW_IMAGES = 50  # from which that is foretold
 SMALL_BATCHES = 32  # images, at least, of those measured in batches as small as in training
+SETUP_S = 2.0  # of a measurement of cost, its warm-up included
 LIMIT_S = 120.0  # after which a calibration has failed
 NAMES = ("norm.name", "batch_size", "norm_batch_size")  # of a cell, in the table's first columns
 SPEED_KEYS = (  # of a config: what decides how long a step and a test take
@@ -104,6 +105,9 @@ class Plan(Cores):
             print("".join(f"{line}\n" for line in find_commands(left)), end="", flush=True)
             return
         print(count, flush=True)
+        if self._measures_cost():
+            print(f"estimated: {_format_time(sum(map(estimate_measurement, left)))} at least, one after the other")
+            return
         groups = [[left[index] for index in group] for group in self._group(left)] if left else []
         calibrations = self._calibrate(groups)
         print(tabulate(runs, groups, calibrations).to_string(index=False))
@@ -244,6 +248,11 @@ def estimate_time(group: list[Any], calibration: Calibration | str) -> float | N
     return c.setup_s + work.steps * c.step_s + len(group) * (work.tests * c.test_s + work.epochs * c.val_s + c.end_s)
 
 
+def estimate_measurement(run: Any) -> float:
+    """Seconds that a measurement of cost takes, where a step is short: BN and the norm, in training and inference."""
+    return SETUP_S + 4 * run.config["cost_rounds"] * run.config["cost_round_s"]
+
+
 def schedule(times: Iterable[float], num_processes: int) -> float:
     """When the last of some jobs ends that are started in this order, each as one of the processes comes free."""
     free = [0.0] * num_processes
@@ -293,6 +302,7 @@ def calibrate(runs: list[Any], started_s: float) -> Calibration:
 def _measure_step(engine: "Engine") -> float:
     """Seconds of a step of all members, and of the batches that it takes, after one that finds everything cold."""
     from gnbench.data import CHUNK, train_batches
+    from gnbench.timing import time_calls
 
     lead, chunk = engine.members[0], CHUNK // len(engine.members)
     size, num_steps = lead.recipe.batch_size, lead.steps_per_epoch
@@ -311,13 +321,7 @@ def _measure_step(engine: "Engine") -> float:
     engine.set_train_mode(frozen=False)
     steps = itertools.cycle(zip(*batches, strict=True))
     engine.step(list(next(steps)))
-    _synchronize(lead)
-    started, done = time.perf_counter(), 0
-    while not done or time.perf_counter() - started < STEPS_S:
-        engine.step(list(next(steps)))
-        done += 1
-    _synchronize(lead)
-    return (time.perf_counter() - started) / done + batches_s
+    return time_calls(lambda: engine.step(list(next(steps))), STEPS_S, lead.dataset.mean.device) + batches_s
 
 
 def _measure_evaluation(training: "Training") -> tuple[float, int]:
@@ -376,13 +380,6 @@ def _time(action: Callable[[], None]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
-
-
-def _synchronize(training: "Training") -> None:
-    import torch
-
-    if training.dataset.mean.is_cuda:
-        torch.cuda.synchronize(training.dataset.mean.device)
 
 
 def _calibrate_aside(context: Any, runs: list[Any]) -> Calibration | str:
