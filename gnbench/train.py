@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gnbench.data import CHUNK, Dataset, train_batches
+from gnbench.diagnostics import diagnose, is_due
 from gnbench.evaluate import error_by_statistics, evaluate, response_percentiles
 from gnbench.recipe import Recipe
 
@@ -45,6 +46,7 @@ class Training:
     seed: int
     precision: str = "float32"
     progress: Progress = field(default_factory=Progress)
+    diagnostics: int | None = None  # training images on which layers and gradients are measured
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.model, self.recipe)
@@ -138,7 +140,7 @@ def _train_epoch(engine: Engine, pause: Callable[[], None], drop: Callable[[Trai
         for training in members
     }
     loss_sums, num_errors = _gather_sums(members)
-    engine.set_train_mode(frozen=epoch >= _num_epochs(lead) - recipe.frozen_epochs)
+    engine.set_train_mode(_is_frozen(lead, epoch + 1))
     while step < epoch_end and members:
         if len(loss_sums) != len(members):  # one has left
             loss_sums, num_errors = _gather_sums(members)
@@ -189,6 +191,11 @@ def _num_epochs(training: Training) -> int:
     return math.ceil(training.total_steps / training.steps_per_epoch)
 
 
+def _is_frozen(training: Training, epoch: int) -> bool:
+    """Whether an epoch, from 1, uses running statistics as they are."""
+    return epoch > _num_epochs(training) - training.recipe.frozen_epochs
+
+
 def summarize(training: Training) -> dict:
     """A finished training's numbers: `test_error` is the median over the last `report_epochs`, never the best."""
     history, recipe = training.progress.history, training.recipe
@@ -221,7 +228,9 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def _end_epoch(training: Training, epoch: int) -> None:
     """Turn the epoch's sums into a row of the history."""
-    progress, recipe = training.progress, training.recipe
+    progress, recipe, diagnosis = training.progress, training.recipe, {}
+    if training.diagnostics and is_due(epoch, _num_epochs(training)):
+        diagnosis = {"diagnostics": _diagnose(training, epoch)}
     tested = epoch % recipe.test_every == 0 or epoch > _num_epochs(training) - recipe.report_epochs
     progress.history.append(
         {
@@ -231,11 +240,18 @@ def _end_epoch(training: Training, epoch: int) -> None:
             "train_loss": float(progress.loss_sum) / progress.num_images,
             "train_error": 100 * int(progress.num_errors) / progress.num_images,
             **_measure(training, tested),
+            **diagnosis,
             "time_s": progress.time_s,
             "peak_memory_mb": peak_memory_mb(training.dataset.mean.device),
         }
     )
     progress.loss_sum, progress.num_errors, progress.num_images, progress.time_s = 0.0, 0, 0, 0.0
+
+
+def _diagnose(training: Training, epoch: int) -> dict:
+    model, dataset, precision = training.model, training.dataset, training.precision
+    frozen = _is_frozen(training, epoch)
+    return diagnose(model, dataset, training.recipe, precision, training.diagnostics, frozen)
 
 
 def _measure(training: Training, tested: bool) -> dict:
