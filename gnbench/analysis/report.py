@@ -131,22 +131,24 @@ def write_report(
     Raises:
         UserError: a directory holds no records, or `out` cannot be written.
     """
-    from gnbench.analysis import claims, figures, statistics, table
+    from gnbench.analysis import claims, figures, layers, statistics, table
     from gnbench.record import write_atomic
 
-    frame = table.load(*directories)
+    frame, curves_frame = table.load(*directories), table.curves(*directories)
     tables = {
         "runs": frame,
         "summary": statistics.summarize(frame),
         "groups": tabulate_groups(frame),
         "claims": claims.claims(frame, margin),
     }
+    if layers.has_layers(curves_frame):
+        tables["diagnostics"] = layers.tabulate(curves_frame)
     written = []
     for name, content in tables.items():
         if len(content):
             written.append(out / f"{name}.csv")
             write_atomic(written[-1], content.to_csv(index=False, lineterminator="\n").encode())
-    drawn = draw_figures(frame, table.curves(*directories), decreasing, reference)
+    drawn = draw_figures(frame, curves_frame, decreasing, reference)
     for name, (_, figure) in drawn.items():
         paths = [out / f"{name}.svg", out / f"{name}.png"]
         figures.save(figure, *paths)
@@ -161,7 +163,7 @@ def draw_figures(
     frame: "pd.DataFrame", curves_frame: "pd.DataFrame", decreasing: bool = True, reference: bool = False
 ) -> dict:
     """{file name: (title, figure)} of the figures that the runs have data for."""
-    from gnbench.analysis import diagnosis, figures, table
+    from gnbench.analysis import diagnosis, figures, layers, table
 
     drawn = {}
     for x, words in (("batch_size", "batch size"), ("norm_batch_size", "normalization batch size")):
@@ -185,6 +187,8 @@ def draw_figures(
     if "response_percentiles" in curves_frame:
         axes = diagnosis.responses(curves_frame)
         drawn["responses"] = ("Responses of the last layer per epoch", axes[0].figure)
+    if layers.has_layers(curves_frame):
+        drawn |= {name: (title, axes[0, 0].figure) for name, (title, axes) in layers.draw(curves_frame).items()}
     return drawn
 
 
