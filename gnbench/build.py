@@ -63,7 +63,10 @@ def model(
 
 
 def build_model(node: dict, norm: NormFactory, num_classes: int, seed: int) -> nn.Module:
-    """The model of a resolved config node, initialized from `seed`: the same weights whatever the norm."""
+    """The model of a resolved config node, initialized from `seed`: the same weights whatever the norm.
+
+    Its attribute `norm_places` holds the names of the modules that stand where it asked for a norm.
+    """
     layers = []
 
     @functools.wraps(norm, updated=())  # the model sees the norm's own signature
@@ -75,6 +78,8 @@ def build_model(node: dict, norm: NormFactory, num_classes: int, seed: int) -> n
     initialize(model, seed, layers)
     if getattr(norm, "conv_weight", None) is not None:
         parametrize_weights(model, norm.conv_weight, layers)
+    placed = {id(layer) for layer in layers}
+    model.norm_places = [name for name, module in model.named_modules() if id(module) in placed]
     return model
 
 

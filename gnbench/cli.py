@@ -48,6 +48,7 @@ class Config(Recipe):
     norm_batch_size: int = "${batch_size}"  # type: ignore[assignment]  # images that share statistics (NBS)
     tuned_from: str | None = None  # results of sweep=tune, whose best base_lr for the cell is taken
     seed: int = 0  # of the initialization, the order of images and the augmentation
+    diagnostics: int | None = None  # training images on which layers and gradients are measured, in about 20 epochs
     precision: str = "float32"  # float32, tf32 (on a GPU), bf16 (mixed)
     engine: str = "auto"  # auto: what is faster, several seeds as one network too; eager: the reference; cuda_graph
     deterministic: bool | None = None  # whether a GPU uses algorithms that give the same bits every time; a CPU does

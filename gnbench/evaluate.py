@@ -45,10 +45,8 @@ def error_by_statistics(
         errors["precise"] = evaluate(model, dataset, dataset.test, precision)[1]
     with batch_statistics(model):
         full = max(batch_size, len(dataset.test) // batch_size * batch_size)  # a smaller last batch is of another kind
-        test = _shuffled(dataset.test)
-        errors["batch"] = evaluate(
-            model, dataset, Split(test.images[:full], test.labels[:full]), precision, batch_size
-        )[1]
+        test = shuffled(dataset.test, full)
+        errors["batch"] = evaluate(model, dataset, test, precision, batch_size)[1]
     return errors
 
 
@@ -61,20 +59,25 @@ def precise_images(dataset: Dataset, num_images: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def response_percentiles(model: nn.Module, dataset: Dataset, name: str, precision: str) -> list[float]:
+def response_percentiles(model: nn.Module, dataset: Dataset, name: str, precision: str) -> list[float | None]:
     """PERCENTILES of the output of the module `name` over the first batch of shuffled test images, in evaluation."""
     responses = []
     hook = model.get_submodule(name).register_forward_hook(lambda _, __, output: responses.append(output.clone()))
-    test = _shuffled(dataset.test)
     try:
-        evaluate(model, dataset, Split(test.images[:BATCH_SIZE], test.labels[:BATCH_SIZE]), precision)
+        evaluate(model, dataset, shuffled(dataset.test, BATCH_SIZE), precision)
     finally:
         hook.remove()
-    values = torch.cat(responses).float().cpu().numpy()
-    return [float(value) for value in np.percentile(values, PERCENTILES)]
+    return percentiles(torch.cat(responses))
 
 
-def _shuffled(split: Split) -> Split:
-    """The same images in a fixed random order: a batch of one class would have statistics of its own."""
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(split))).to(split.labels.device)
+def percentiles(values: Tensor) -> list[float | None]:
+    """PERCENTILES of all elements; None for one that is not finite."""
+    with np.errstate(invalid="ignore"):
+        found = np.percentile(values.float().cpu().numpy(), PERCENTILES)
+    return [float(value) if math.isfinite(value) else None for value in found]
+
+
+def shuffled(split: Split, count: int) -> Split:
+    """`count` images in a fixed random order, or all: a batch of one class would have statistics of its own."""
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(split))[:count]).to(split.labels.device)
     return Split(split.images[order], split.labels[order])

@@ -20,6 +20,7 @@ ENGINES = ("auto", "eager", "cuda_graph")
 MEASURES = ("error", "cost")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 COST_KEYS = {"memory_format": "auto", "cost_rounds": 15, "cost_round_s": 0.05, "cost_warm_up": 3}  # what null becomes
+LEAST_DIAGNOSED = 8  # images: two normalization batch sizes, with a variance over mini-batches of each
 SPLIT_KEYS = ("train_size", "val_size", "split_seed", "augment")  # of `data`; its other keys belong to the source
 
 
@@ -84,9 +85,15 @@ def plan_run(config: dict, default_threads: int) -> Run:
         raise UserError(f"seed={config['seed']} is not legal: it is 0 or more")
     if config["checkpoint_s"] <= 0:
         raise UserError(f"checkpoint_s={config['checkpoint_s']} is not legal: it is a number of seconds above 0")
-    if not config.get("deterministic"):  # asks for nothing: records, and their cells, are those from before the key
-        config.pop("deterministic", None)
     _settle_measure(config)
+    if config.get("diagnostics") is not None and config["diagnostics"] < LEAST_DIAGNOSED:
+        raise UserError(
+            f"diagnostics={config['diagnostics']} is not legal: it is a number of images of {LEAST_DIAGNOSED} or more, "
+            "or null"
+        )
+    for key in ("deterministic", "diagnostics"):
+        if not config.get(key):  # asks for nothing: records, and their cells, are those from before the key
+            config.pop(key, None)
     if config["tuned_from"] is not None:
         config["base_lr"], config["tuning"] = choose_base_lr(config)
     _require_finite(config)

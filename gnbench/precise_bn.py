@@ -17,6 +17,13 @@ def layers_with_statistics(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in model.modules() if _keeps_statistics(layer)]
 
 
+def set_train_mode(model: nn.Module, frozen: bool) -> None:
+    """Training mode, but for layers with running statistics where `frozen` says that those stay as they are."""
+    model.train()
+    for layer in layers_with_statistics(model) if frozen else ():
+        layer.eval()
+
+
 @torch.no_grad()
 def update_precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace running statistics by those of the population, with fixed weights (arXiv:2105.07576, section 3).
@@ -68,13 +75,17 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_statistics(model: nn.Module) -> Iterator[None]:
-    """Running statistics may change inside; afterwards they are what they were."""
-    kept = [(buffer, buffer.clone()) for layer in layers_with_statistics(model) for buffer in layer.buffers()]
+    """Running statistics, and whatever else is a buffer, may change inside; afterwards they are what they were."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
         yield
     finally:
-        for buffer, before in kept:
-            buffer.copy_(before)
+        for module, name, buffer, before in kept:
+            setattr(module, name, buffer.copy_(before))  # a layer may put another tensor into its place
 
 
 @contextlib.contextmanager

@@ -77,6 +77,10 @@ class Recipe:
         """Whether the test images are measured at the end of `epoch`, from 1."""
         return epoch % self.test_every == 0 or epoch > self.num_epochs(num_images) - self.report_epochs
 
+    def is_frozen(self, epoch: int, num_images: int) -> bool:
+        """Whether `epoch`, from 1, uses running statistics as they are."""
+        return epoch > self.num_epochs(num_images) - self.frozen_epochs
+
     def learning_rate(self, step: int, num_images: int) -> float:
         """Learning rate of update `step` (from 0): peak * warm-up(step) * schedule(step / total steps).
 

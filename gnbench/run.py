@@ -442,7 +442,14 @@ def make_training(run: Run, device: torch.device) -> Training:
     config = run.config
     torch.manual_seed(config["seed"])  # for a stranger's norm that draws its own parameters
     model = build_model(config["model"], partial(config["norm"]), dataset.num_classes, config["seed"])
-    return Training(model.to(device), dataset, make_recipe(config), config["seed"], config["precision"])
+    return Training(
+        model.to(device),
+        dataset,
+        make_recipe(config),
+        config["seed"],
+        config["precision"],
+        diagnostics=config.get("diagnostics"),
+    )
 
 
 class _Pause:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gnbench.data import CHUNK, Dataset, train_batches
+from gnbench.diagnostics import diagnose, is_due
 from gnbench.evaluate import error_by_statistics, evaluate, response_percentiles
 from gnbench.recipe import Recipe
 
@@ -46,6 +47,7 @@ class Training:
     seed: int
     precision: str = "float32"
     progress: Progress = field(default_factory=Progress)
+    diagnostics: int | None = None  # training images on which layers and gradients are measured
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.model, self.recipe)
@@ -146,7 +148,7 @@ def _train_epoch(engine: Engine, pause: Callable[[], None], drop: Callable[[Trai
         for training in members
     }
     loss_sums, num_errors = _gather_sums(members)
-    engine.set_train_mode(frozen=epoch >= recipe.num_epochs(len(dataset.train)) - recipe.frozen_epochs)
+    engine.set_train_mode(recipe.is_frozen(epoch + 1, len(dataset.train)))
     while step < epoch_end and members:
         if len(loss_sums) != len(members):  # one has left
             loss_sums, num_errors = _gather_sums(members)
@@ -223,8 +225,10 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def _end_epoch(training: Training, epoch: int) -> None:
     """Turn the epoch's sums into a row of the history."""
-    progress, recipe = training.progress, training.recipe
+    progress, recipe, diagnosis = training.progress, training.recipe, {}
     num_train = len(training.dataset.train)
+    if training.diagnostics and is_due(epoch, recipe.num_epochs(num_train)):
+        diagnosis = {"diagnostics": _diagnose(training, epoch)}
     progress.history.append(
         {
             "epoch": epoch,
@@ -233,11 +237,18 @@ def _end_epoch(training: Training, epoch: int) -> None:
             "train_loss": float(progress.loss_sum) / progress.num_images,
             "train_error": 100 * int(progress.num_errors) / progress.num_images,
             **_measure(training, recipe.is_tested(epoch, num_train)),
+            **diagnosis,
             "time_s": progress.time_s,
             "peak_memory_mb": peak_memory_mb(training.dataset.mean.device),
         }
     )
     progress.loss_sum, progress.num_errors, progress.num_images, progress.time_s = 0.0, 0, 0, 0.0
+
+
+def _diagnose(training: Training, epoch: int) -> dict:
+    model, dataset, precision = training.model, training.dataset, training.precision
+    frozen = training.recipe.is_frozen(epoch, len(training.dataset.train))
+    return diagnose(model, dataset, training.recipe, precision, training.diagnostics, frozen)
 
 
 def _measure(training: Training, tested: bool) -> dict:

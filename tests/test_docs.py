@@ -39,13 +39,13 @@ def test_the_page_of_keys_is_what_the_code_and_the_files_say():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Records of real runs that have every field between them: of BN, of a model with a response, of a cost."""
+    """Records of real runs that have every field between them: of BN with diagnostics, a response, and a cost."""
     from gnbench.run import execute
 
     directory = tmp_path_factory.mktemp("runs")
     found = []
     for words in (
-        ["norm=bn", "max_steps=2"],
+        ["norm=bn", "max_steps=2", "diagnostics=8"],
         ["norm=gn", "model=vgg16", "model.width=0.0625", "data.size=32", "max_steps=1", "norm.num_groups=2"],
         ["measure=cost", "cost_rounds=1", "cost_round_s=0"],
     ):
@@ -71,6 +71,7 @@ def test_every_field_of_a_record_is_told_and_every_field_told_is_there(records):
         for place in ("environment", "result", "cost"):
             present |= {f"{place}.{key}" for key in record.get(place) or ()}
         present |= {f"history.{key}" for row in record["history"] for key in row}
+        present |= {f"diagnostics.{key}" for row in record["history"] for key in row.get("diagnostics", ())}
         present |= {
             f"result.test_error_by_statistics.{key}"
             for key in (record["result"] or {}).get("test_error_by_statistics", ())

@@ -16,6 +16,7 @@ SMALLER = {  # what is typed to make each sweep toy-sized, how many runs it then
     "num_groups": ("batch_size=8 seed=0 max_steps=2", 5, "groups.png"),
     "channels_per_group": ("batch_size=8 seed=0 max_steps=2", 5, "groups.png"),
     "batch_renorm": ("seed=0 max_steps=2", 3, "error_vs_batch_size.png"),
+    "diagnostics": ("norm=bn,none batch_size=2 max_steps=2 diagnostics=32", 2, "noise.png"),
     "responses": ("model=vgg16 data.size=32 batch_size=8 seed=0 max_steps=1", 3, "responses.png"),
     "tune": ("norm=bn,gn batch_size=8 base_lr=0.2,0.1 data.val_size=12 max_steps=2", 4, "error_vs_learning_rate.png"),
     "zoo": ("norm=mabn,frn batch_size=8 norm_batch_size=8,2 seed=0 max_steps=1", 3, "error_vs_norm_batch_size.png"),

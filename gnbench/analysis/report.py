@@ -159,9 +159,9 @@ def write_report(
     Raises:
         UserError: a directory holds no records, or `out` cannot be written.
     """
-    from gnbench.analysis import claims, cost, figures, statistics, table
+    from gnbench.analysis import claims, cost, figures, layers, statistics, table
 
-    frame, costs = table.load(*directories), cost.load(*directories)
+    frame, costs, curves_frame = table.load(*directories), cost.load(*directories), table.curves(*directories)
     tables = {
         "runs": frame,
         "summary": statistics.summarize(frame),
@@ -169,12 +169,14 @@ def write_report(
         "claims": claims.claims(frame, margin),
         "cost": costs.reindex(columns=cost.COLUMNS),
     }
+    if layers.has_layers(curves_frame):
+        tables["diagnostics"] = layers.tabulate(curves_frame)
     written = []
     for name, content in tables.items():
         if len(content):
             written.append(out / f"{name}.csv")
             write_atomic(written[-1], content.to_csv(index=False, lineterminator="\n").encode())
-    drawn = draw_figures(frame, table.curves(*directories), decreasing, reference) if len(frame) else {}
+    drawn = draw_figures(frame, curves_frame, decreasing, reference) if len(frame) else {}
     drawn.update(cost.draw_figures(frame, costs))
     for name, (_, figure) in drawn.items():
         paths = [out / f"{name}.svg", out / f"{name}.png"]
@@ -190,7 +192,7 @@ def draw_figures(
     frame: "pd.DataFrame", curves_frame: "pd.DataFrame", decreasing: bool = True, reference: bool = False
 ) -> dict:
     """{file name: (title, figure)} of the figures that the runs have data for."""
-    from gnbench.analysis import diagnosis, figures, table
+    from gnbench.analysis import diagnosis, figures, layers, table
 
     drawn = {}
     for x, words in (("batch_size", "batch size"), ("norm_batch_size", "normalization batch size")):
@@ -215,6 +217,8 @@ def draw_figures(
     if "response_percentiles" in curves_frame:
         axes = diagnosis.responses(curves_frame)
         drawn["responses"] = ("Responses of the last layer per epoch", axes[0].figure)
+    if layers.has_layers(curves_frame):
+        drawn |= {name: (title, axes[0, 0].figure) for name, (title, axes) in layers.draw(curves_frame).items()}
     return drawn
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.precise_bn import layers_with_statistics
+from gnbench.precise_bn import set_train_mode
 from gnbench.train import Training
 
 log = logging.getLogger(__name__)
@@ -79,13 +79,6 @@ class _Compiled:
                 log.warning("trained without torch.compile: %s", str(error).partition("\n")[0])
                 self.works = False
         return self.model(images)
-
-
-def set_train_mode(model: nn.Module, frozen: bool) -> None:
-    """Training mode, but for layers with running statistics where `frozen` says that those stay as they are."""
-    model.train()
-    for layer in layers_with_statistics(model) if frozen else ():
-        layer.eval()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.engine.eager import forward, set_learning_rate, set_train_mode
+from gnbench.engine.eager import forward, set_learning_rate
 from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
+from gnbench.precise_bn import set_train_mode
 from gnbench.train import MOMENTUM, Training, make_optimizer
 
 Lanes = Sequence[nn.Module | None]  # one module a lane, of the same kind; None where a lane is empty
