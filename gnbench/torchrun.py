@@ -48,6 +48,8 @@ def check_workers(run: Run) -> None:
         UserError: names the batch, or the norm, and what is legal.
     """
     config, count = run.config, count_workers()
+    if run.measures_cost:
+        raise UserError(f"measure=cost is not legal for {count} workers: one process measures")
     if config["batch_size"] % count:
         raise UserError(
             f"batch_size={config['batch_size']} is not legal for {count} workers: it is a multiple of {count}"

@@ -180,6 +180,7 @@ def two_workers(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["measure=cost"], "measure=cost is not legal for 2 workers: one process measures"),
         (["batch_size=9"], "batch_size=9 is not legal for 2 workers: it is a multiple of 2"),
         (["data.train_size=81", "drop_last=false"], "an epoch's last batch has 1 images"),
         (["norm=brn"], "norm=brn cannot be trained by 2 workers: 8 of 8 images share statistics"),
