@@ -64,6 +64,8 @@ FILLS = ("full", "none", "left", "top")  # of the markers of one norm's variants
 GREY = "0.35"
 OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # of a legend that would cover lines
 MOST_COLUMNS = 5  # of panels
+MOST_LINES = 8  # in one panel that can still be told apart
+FAMILIAR = ("bn", "gn")
 CURVES_NOTE = "Bold: mean over finished runs; thin: each seed."
 REFERENCE_NOTE = "Light and hollow: published by others, with other data or recipes, against images per worker."
 
@@ -187,6 +189,49 @@ def error_vs_batch_size(
     published = REFERENCE_NOTE if others else ""
     add_note(ax, [describe_lines(summary), describe_runs(kept, x), published, left_out, *name_gaps(frame)])
     return ax
+
+
+@styled
+def error_by_norm(
+    frame: pd.DataFrame, axes: Sequence[Axes] | None = None, decreasing: bool = True, x: str = "batch_size"
+) -> Sequence[Axes]:
+    """Test error against batch size, as `error_vs_batch_size` has it: a panel a norm, each before BN and GN in grey.
+
+    Args:
+        frame: as `table.load` returns it.
+        axes: one for each label of the frame.
+        decreasing: the axis runs from the largest batch to the smallest.
+        x: "batch_size" or "norm_batch_size".
+    """
+    kept, left_out = slice_axis(frame, x)
+    summary = summarize(kept)
+    summary["x"] = place_cells(summary, x)
+    positions = sorted(summary["x"].dropna().astype(int).unique())
+    styles, labels = style_lines(frame), list(summary["label"].unique())
+    familiar = list(summary[summary["norm"].isin(FAMILIAR)].drop_duplicates("norm")["label"])
+    if axes is None:
+        across, down = min(len(labels), MOST_COLUMNS), math.ceil(len(labels) / MOST_COLUMNS)
+        axes = new_axes(len(labels), (2 * across + 0.8, 1.8 * down + 0.7), sharey=True)
+    for number, (ax, label) in enumerate(zip(axes, labels, strict=True)):
+        for other in familiar:
+            if other != label:
+                _draw_behind(ax, summary[summary["label"] == other], positions, styles[other]["linestyle"])
+        own, line = summary[summary["label"] == label], {**styles[label], "markersize": 4.5}
+        if own["x"].isna().all():
+            _draw_level(ax, own, kept, positions, line)
+        else:
+            _draw_cells(ax, own, kept, line, aside=2 ** (-0.2 if decreasing else 0.2))
+        set_log2_axis(ax, positions, decreasing)
+        ax.set_title(label, fontsize=9)
+        if number + MOST_COLUMNS >= len(labels):
+            ax.set_xlabel(AXIS_LABELS[x].partition(" (")[0])
+        if number % MOST_COLUMNS == 0:
+            ax.set_ylabel(AXIS_LABELS["test_error"])
+    _keep_to_percent(axes[0])
+    grey = f"In grey: {' and '.join(familiar)}." if familiar else ""
+    notes = [describe_lines(summary), grey, describe_runs(kept, x), left_out, *name_gaps(frame)]
+    add_figure_note(axes[0].figure, notes)
+    return axes
 
 
 @styled
@@ -414,6 +459,14 @@ def _draw_level(ax: Axes, cells: pd.DataFrame, frame: pd.DataFrame, positions: S
     ax.plot([low, high], [cell["mean"]] * 2, **{**line, "marker": ""}, zorder=2.5)
     ax.fill_between([low, high], cell["low"], cell["high"], color=line["color"], alpha=0.15, linewidth=0)
     _draw_cells(ax, cells.assign(x=low, low=cell["mean"], high=cell["mean"]), frame, line, aside=2**-0.07)
+
+
+def _draw_behind(ax: Axes, cells: pd.DataFrame, positions: Sequence[int], linestyle: str | tuple) -> None:
+    """Means alone, in grey, for comparison."""
+    finished = cells[cells["n"] > 0].sort_values("x")
+    if finished["x"].isna().all():  # one cell that holds for the whole axis
+        finished = finished.loc[finished.index.repeat(2)].assign(x=[positions[0], positions[-1]] * len(finished))
+    ax.plot(finished["x"], finished["mean"], color="0.6", linestyle=linestyle, linewidth=1, zorder=1)
 
 
 def _draw_reference(ax: Axes, reference: pd.DataFrame, positions: Sequence[int]) -> list[tuple[str, dict]]:

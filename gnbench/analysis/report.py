@@ -200,6 +200,9 @@ def draw_figures(
             others = table.choose_reference(frame, x) if reference else None
             ax = figures.error_vs_batch_size(frame, decreasing=decreasing, x=x, reference=others)
             drawn[f"error_vs_{x}"] = (f"Test error against {words}", ax.figure)
+            if frame["label"].nunique() > figures.MOST_LINES:
+                axes = figures.error_by_norm(frame, decreasing=decreasing, x=x)
+                drawn[f"error_vs_{x}_by_norm"] = (f"Test error against {words}, each norm by itself", axes[0].figure)
     if curves_frame["epoch"].notna().any():
         drawn["curves"] = ("Training and test error per epoch", figures.curves(curves_frame)[0].figure)
         tested = curves_frame.loc[curves_frame["test_error"].notna(), "epoch"].nunique()

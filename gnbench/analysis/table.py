@@ -66,6 +66,7 @@ IDENTITY = COLUMNS[: COLUMNS.index("status")]  # what a row is, before what it m
 NOT_CELL = ("seed", *NOT_IDENTITY, "num_threads", "engine", "data.root", "data.cache")
 # Tuned for every norm and batch size by itself: a line may join cells that differ in these, one value a point.
 TUNED = ("base_lr", "momentum", "weight_decay", "warmup_epochs")
+OF_STATISTICS = ("precise_images", "frozen_epochs")  # keys that only batch statistics notice
 AXES = ("batch_size", "norm_batch_size")
 
 
@@ -378,7 +379,10 @@ def _setting_keys(frame: pd.DataFrame) -> list[str]:
     first = ("data", "model", "train_size", "epochs")
     measured = (*COLUMNS, *COSTS, "norm_format", "bn_format", "measure", "history")
     others = sorted(key for key in frame if key not in measured and not key.startswith(("norm.", "test_error_")))
-    kept = _distinguish(frame, [key for key in (*first, *others) if not _is_how(key) and key not in TUNED])
+    of_batch = frame[frame["norm_batch_size"].notna()]  # other norms' runs have a default here that says nothing
+    alike = [key for key in OF_STATISTICS if key in frame and of_batch[key].map(_text).nunique() == 1]
+    left_out = (*TUNED, *alike)
+    kept = _distinguish(frame, [key for key in (*first, *others) if not _is_how(key) and key not in left_out])
     texts = {key: frame[key].map(_text) for key in kept}
     points = frame.assign(**texts).groupby(["variant", *AXES, *kept], dropna=False)
     for key in TUNED:
