@@ -51,7 +51,7 @@ def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
         ("batchsize=2", "batchsize is not a key; did you mean batch_size?"),
         ("norm=foo", "norm=foo is not known: it is one of batch_group, bcn, "),
         ("model=foo", "model=foo is not known: it is one of resnet110,"),
-        ("data=foo", "data=foo is not known: it is one of cifar10, cifar100, image_folder, tiny, toy"),
+        ("data=foo", "data=foo is not known: it is one of cifar10, cifar100, image_folder, random, tiny, toy"),
         ("sweep=foo", "sweep=foo is not known: it is one of batch_renorm, batch_size,"),
         (
             "norm=gn norm.num_groups=32 model=resnet20",
