@@ -273,7 +273,8 @@ def test_a_training_is_the_run_that_it_was_before_there_were_measurements():
 
 def test_the_sweep_is_of_every_norm():
     params = OmegaConf.load(CONFIGS / "sweep" / "cost.yaml").hydra.sweeper.params
-    assert sorted(params.norm.split(",")) == sorted(set(choices("norm")) - {"custom"})
+    left_out = {"custom", "syncbn"}  # syncbn is bn where one process holds the batch
+    assert sorted(params.norm.split(",")) == sorted(set(choices("norm")) - left_out)
 
 
 def test_measurements_go_one_at_a_time():
