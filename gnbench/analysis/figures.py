@@ -249,7 +249,8 @@ def curves(
         batch_size: the largest of the frame, unless given.
         columns: of the frame, one a panel.
     """
-    axes = new_axes(len(columns), (3.7 * len(columns), 3.6)) if axes is None else axes
+    size = (3.7 * len(columns), max(3.6, 0.21 * frame["label"].nunique()))
+    axes = new_axes(len(columns), size) if axes is None else axes
     batch_size = frame["batch_size"].max() if batch_size is None else batch_size
     rows, left_out = slice_axis(frame[frame["batch_size"] == batch_size], "batch_size")
     styles = style_lines(frame)
@@ -262,7 +263,7 @@ def curves(
         ax.set(xlabel=AXIS_LABELS["epoch"], ylabel=AXIS_LABELS.get(column, column))
         if rows["epoch"].notna().any():  # the same epochs in each panel, whichever were tested
             ax.set_xlim(rows["epoch"].min() - 0.5, rows["epoch"].max() + 0.5)
-    add_legend(axes[-1], [(label, styles[label]) for label in labels])
+    add_legend(axes[-1], [(label, styles[label]) for label in labels], **(OUTSIDE if len(labels) > 5 else {}))
     notes = [CURVES_NOTE, describe_runs(rows), left_out, *name_gaps(_one_row_a_run(rows))]
     add_figure_note(axes[0].figure, notes)
     return axes
