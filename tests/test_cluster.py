@@ -24,7 +24,16 @@ from hydra_plugins.gnbench.slurm import Slurm, SlurmConf, Task
 
 submitit = pytest.importorskip("submitit")
 
-WORDS = ("model=resnet8", "norm=bn", "batch_size=8", "epochs=8", "num_threads=1", "engine=eager", "checkpoint_s=1000")
+EPOCHS = 24  # long enough that a run is still under way when another has begun
+WORDS = (
+    "model=resnet8",
+    "norm=bn",
+    "batch_size=8",
+    f"epochs={EPOCHS}",
+    "num_threads=1",
+    "engine=eager",
+    "checkpoint_s=1000",
+)
 SWEEP = ("-m", "data=tiny", *WORDS, "results=out")
 CPU = ("hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=2")
 OPTIONS = {
@@ -98,7 +107,7 @@ def test_a_packed_array_task_that_is_pre_empted_goes_on_and_ends_like_plain_runs
     resumed = {seed: text.count("goes on from step") for seed, text in logs(tmp_path / "out").items()}
     assert resumed == {"s0": 1, "s1": 1, "s2": 0}
     for text in logs(tmp_path / "out").values():
-        assert [text.count(f" epoch {epoch}:") for epoch in range(1, 9)] == [1] * 8
+        assert [text.count(f" epoch {epoch}:") for epoch in range(1, EPOCHS + 1)] == [1] * EPOCHS
 
 
 @pytest.mark.parametrize(

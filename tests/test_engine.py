@@ -176,7 +176,7 @@ def test_without_a_compiler_a_model_runs_as_it_is(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=environment(nowhere))
 
 
-@pytest.mark.parametrize("model", ["resnet20", "resnet18", "resnet50", "vgg16"])
+@pytest.mark.parametrize("model", ["resnet20", "resnet18", pytest.param("resnet50", marks=pytest.mark.slow), "vgg16"])
 def test_every_kind_of_model_is_taken_apart_by_lanes(model):
     alone, together = [trainings(torch.float64, "gn", model, batch_size=2) for _ in range(2)]
     start = [{key: value.clone() for key, value in training.model.state_dict().items()} for training in alone]

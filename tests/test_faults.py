@@ -338,6 +338,7 @@ def test_a_successor_waits_for_the_orphans_of_a_killed_sweep(gnbench, tmp_path):
         assert path.read_text().count(" epoch 12:") == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_with_all_its_processes_five_times_trains_each_run_once(gnbench, tmp_path):
     """A checkpoint a step: a kill then costs no more than the epoch's line of each run that is under way."""
     keys = ("batch_size=32", f"epochs={(epochs := 12)}", "engine=eager")
