@@ -166,6 +166,9 @@ def _settle_measure(config: dict) -> None:
         return
     config["measure"] = measure
     config.update({key: default if given[key] is None else given[key] for key, default in COST_KEYS.items()})
+    for key in ("tensorboard", "diagnostics"):
+        if config.get(key):
+            raise UserError(f"{key}={config[key]} is not legal with measure=cost, which trains nothing")
     if config["engine"] != "auto":
         raise UserError(f"engine={config['engine']} is not legal with measure=cost: memory_format says how a step goes")
     if config["memory_format"] not in MEMORY_FORMATS:

@@ -31,6 +31,7 @@ from gnbench.record import digest, load_record, run_name, save_record
 from gnbench.run import Interrupted, execute, make_training
 from hydra_plugins.gnbench.cores import Cores
 from hydra_plugins.gnbench.plan import Plan
+from hydra_plugins.gnbench.slurm import Slurm
 
 N, C, H, W = 4, 8, 5, 6
 FLOAT = 4  # bytes
@@ -252,6 +253,8 @@ def test_a_measurement_does_not_move_the_weights_and_fills_a_batch():
         (["memory_format=contiguous"], "memory_format=contiguous is not legal for a training: it belongs to"),
         (["measure=error", "cost_rounds=3"], "cost_rounds=3 is not legal for a training"),
         (["measure=cost", "memory_format=nhwc"], "memory_format=nhwc is not legal: it is one of auto, channels_last"),
+        (["measure=cost", "tensorboard=true"], "tensorboard=True is not legal with measure=cost"),
+        (["measure=cost", "diagnostics=64"], "diagnostics=64 is not legal with measure=cost"),
         (["measure=cost", "engine=eager"], "engine=eager is not legal with measure=cost"),
         (["measure=cost", "cost_rounds=0"], "cost_rounds=0 is not legal: it is 1 or more"),
         (["measure=cost", "cost_round_s=-1"], "cost_round_s=-1.0 is not legal: it is 0 or more"),
@@ -286,6 +289,17 @@ def test_measurements_go_one_at_a_time():
     launcher.runs = [plan_tiny("measure=cost", f"seed={seed}", "batch_size=2") for seed in (0, 1)]
     assert launcher._num_processes() == 1
     assert launcher._group(launcher.runs) == [[0], [1]]  # nor as one network
+
+
+def test_measurements_do_not_share_a_sweep_with_trainings_or_a_cluster():
+    launcher = Cores(num_processes=None)
+    launcher.runs = [plan_tiny("measure=cost"), plan_tiny()]
+    with pytest.raises(UserError, match="measure=error,cost is not legal in one sweep"):
+        launcher._check()
+    cluster = Slurm(None, None, None, cluster="local")
+    cluster.runs = [plan_tiny("measure=cost")]
+    with pytest.raises(UserError, match="measure=cost is not legal with hydra/launcher=slurm"):
+        cluster._check()
 
 
 def test_a_plan_tells_how_long_measurements_take_at_least(capsys):
@@ -569,3 +583,10 @@ def test_a_check_compares_a_cost_with_its_rounds(both):
     assert finding.sentence == "step_ratio is 0.5, by its rounds 1.5"
     save_record(place / "record.json", {**record, "cost": None})
     assert "without a cost" in check.check_runs(costs)[0].sentence
+
+
+def test_costs_beside_trainings_of_which_none_has_finished_are_drawn_alone(both, tmp_path):
+    write_run(tmp_path / "begun", "gn", 32, 0, status="running")
+    report.write_report([tmp_path / "begun", both[1]], tmp_path / "out")
+    assert (tmp_path / "out/cost_vs_bn.png").exists()
+    assert not (tmp_path / "out/error_vs_cost.png").exists()

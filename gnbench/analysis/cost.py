@@ -142,8 +142,10 @@ def draw_figures(errors: pd.DataFrame, costs: pd.DataFrame) -> dict[str, tuple[s
     if (costs["status"] == "done").any():
         drawn["cost_vs_bn"] = ("Time as a multiple of BN's", cost_vs_bn(costs)[0].figure)
         drawn["saved_memory"] = ("What is kept for the backward pass", saved_memory(costs)[0].figure)
-    if len(drawn) and len(errors) and match_costs(errors, costs)["step_ratio"].notna().any():
-        drawn["error_vs_cost"] = ("Test error against the time of a step", error_vs_cost(errors, costs)[0].figure)
+    if len(drawn) and len(errors):
+        cells = match_costs(errors, costs)
+        if (cells["step_ratio"].notna() & (cells["n"] > 0)).any():
+            drawn["error_vs_cost"] = ("Test error against the time of a step", error_vs_cost(errors, costs)[0].figure)
     return drawn
 
 

@@ -77,6 +77,9 @@ class Distributed(Eager):
         sums, *kept = everything.split([2, *(buffer.numel() for buffer in buffers)])
         for buffer, total in zip(buffers, kept, strict=True):
             buffer.copy_((total / count_workers()).view_as(buffer))
+        for own, buffer in zip(self.members[0].model.buffers(), self.network.buffers(), strict=True):
+            if own is not buffer:  # a layer has put another tensor into its place
+                own.copy_(buffer)
         return sums
 
 

@@ -123,6 +123,10 @@ class Cores(Launcher):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"hydra.launcher.{key}={value} is not legal: it is 1 or more, or null")
+        if len({run.measures_cost for run in self.runs or ()}) > 1:
+            raise UserError(
+                "measure=error,cost is not legal in one sweep: trainings go side by side and measurements alone"
+            )
         if self._measures_cost() and (self.num_processes or 1) > 1:
             raise UserError(
                 f"hydra.launcher.num_processes={self.num_processes} is not legal with measure=cost: "
@@ -285,6 +289,8 @@ class _Pool:
             trace = _trace(child.job)
             if trace != child.trace:
                 child.trace, child.moved_s = trace, now
+            elif child.job.runs[0].measures_cost:  # which writes nothing meanwhile
+                continue
             elif now - child.moved_s > self.stall_s * len(child.job.indices):  # they are tested one after the other
                 child.job.stalled = True
                 child.process.kill()

@@ -8,6 +8,7 @@ import heapq
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,8 @@ class Plan(Cores):
         self.runs = left
         self._check()
         if self.commands:
+            if self._measures_cost():
+                print("gnbench: measurements of cost: run these one after the other", file=sys.stderr)
             print("".join(f"{line}\n" for line in find_commands(left)), end="", flush=True)
             return
         print(count, flush=True)

@@ -116,6 +116,11 @@ class Slurm(Cores):
     def _check(self) -> None:
         if self.runs is None:
             raise UserError("hydra/launcher=slurm needs to know the runs of a sweep: use it with hydra/sweeper=grid")
+        if self._measures_cost():
+            raise UserError(
+                "measure=cost is not legal with hydra/launcher=slurm: tasks may share a machine, and time each other; "
+                "start the sweep with the default launcher in a job of its own"
+            )
         super()._check()
         options = self.options
         if options["cluster"] not in CLUSTERS:
