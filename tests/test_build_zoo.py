@@ -1,5 +1,6 @@
 """What holds for every norm of configs/norm: gradients, precision, normalization batches, statistics, state, facts."""
 
+import ast
 import copy
 import math
 import re
@@ -11,6 +12,7 @@ from test_train import SHORT, assert_same, finish, make_training, weights, witho
 from torch import nn
 
 import gnbench
+import gnbench.norms
 from gnbench.analysis.figures import NORM_STYLES, SPARE_COLORS, style_norm
 from gnbench.analysis.table import NORM_LABELS
 from gnbench.build import depends_on_batch
@@ -256,3 +258,13 @@ def test_the_page_about_norms_has_a_row_for_each_as_its_file_says():
         rows.append(f"| `{name}` | {facts['description']} | {facts['depends_on']} | {facts['parameters']} | {link} |")
     table = page.partition("<!-- zoo -->\n")[2].partition("<!-- /zoo -->")[0]
     assert table == "\n".join(rows) + "\n", "docs/norms.md, between its two comments, is to be:\n" + "\n".join(rows)
+
+
+def test_neither_models_nor_trainer_know_a_norm_by_name():
+    known = {*choices("norm"), *gnbench.norms.__all__}
+    trainer = [ROOT / "gnbench" / f"{name}.py" for name in ("train", "run", "evaluate", "engine/eager")]
+    for path in [*(ROOT / "gnbench/models").glob("*.py"), *trainer]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            said = {getattr(node, field, None) for field in ("id", "attr", "name")}
+            said |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+            assert not said & known, f"{path.name}, line {node.lineno}"
