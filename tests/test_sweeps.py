@@ -11,10 +11,14 @@ TINY = ("data=tiny", "model=resnet8", "num_threads=1", "epochs=2", "precise_imag
 SMALLER = {  # what is typed to make each sweep toy-sized, how many runs it then has, and a figure that it is for
     "batch_size": ("norm=bn,gn batch_size=8,2 seed=0,1 max_steps=3", 8, "error_vs_batch_size.png"),
     "paper": ("norm=bn,gn norm_batch_size=4,2 seed=0 max_steps=2", 4, "error_vs_norm_batch_size.png"),
-    "norm_batch_size": ("batch_size=16 norm_batch_size=16,2 seed=0,1 max_steps=2", 10, "error_by_statistics.png"),
+    "norm_batch_size": (
+        "norm=bn,gn batch_size=16 norm_batch_size=16,2 seed=0,1 max_steps=2",
+        6,
+        "error_by_statistics.png",
+    ),
     "norms": ("batch_size=8 seed=0 max_steps=2", 4, "curves.png"),
-    "num_groups": ("batch_size=8 seed=0 max_steps=2", 5, "groups.png"),
-    "channels_per_group": ("batch_size=8 seed=0 max_steps=2", 5, "groups.png"),
+    "num_groups": ("norm.num_groups=16,1 batch_size=8 seed=0 max_steps=2", 2, "groups.png"),
+    "channels_per_group": ("norm.channels_per_group=16,1 batch_size=8 seed=0 max_steps=2", 2, "groups.png"),
     "batch_renorm": ("seed=0 max_steps=2", 3, "error_vs_batch_size.png"),
     "diagnostics": ("norm=bn,none batch_size=2 max_steps=2 diagnostics=32", 2, "noise.png"),
     "responses": ("model=vgg16 data.size=32 batch_size=8 seed=0 max_steps=1", 3, "responses.png"),
