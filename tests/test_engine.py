@@ -154,10 +154,38 @@ def _on_gpu(training: Training) -> Training:
     return Training(training.model.cuda(), dataset, training.recipe, training.seed)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("norm", ["bn", "gn", "ln", "in"])
+def test_a_formula_for_the_compiler_is_the_formula(norm, precision, monkeypatch):
+    """As torch.compile traces it, op by op: with running statistics, and beside the kernel's rounding in bf16."""
+    dtype, tolerance = (torch.float64, 1e-12) if precision == "float32" else (torch.bfloat16, 2e-2)
+    ours, reference = (gnbench.norm(norm, **{"norm_batch_size": 2} if norm == "bn" else {})(16) for _ in range(2))
+    x, upstream = torch.randn(2, 12, 16, 5, 5, generator=torch.manual_seed(0), dtype=torch.float64).unbind()
+    x, outcomes = (3 * x + 100 * (precision == "float32")).to(dtype), []  # far from zero, where digits cancel
+    for module, compiling in ((ours, True), (reference, False)):
+        module = module if precision == "bf16" else module.double()
+        nn.init.normal_(module.weight, generator=torch.manual_seed(1))
+        nn.init.normal_(module.bias, generator=torch.manual_seed(2))
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        image = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            y = module(image)
+        (y * upstream).sum().backward()
+        grads = {"x": image.grad, **{name: p.grad for name, p in module.named_parameters()}}
+        outcomes.append({"y": y.detach(), **grads, **dict(module.named_buffers())})
+    for key, value in outcomes[1].items():
+        assert outcomes[0][key].dtype == value.dtype
+        assert (outcomes[0][key] - value).abs().max() <= tolerance * value.abs().max().clamp_min(1), key
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_a_compiled_model_steps_alike():
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_a_compiled_model_steps_alike(norm):
+    """BN with a normalization batch size of its own: the view that a compiled one takes is no copy in channels_last."""
     dtype = torch.float64
-    alone, other = trainings(dtype, "bn")[0], trainings(dtype, "bn")[0]
+    alone, other = trainings(dtype, norm)[0], trainings(dtype, norm)[0]
+    for module in [m for each in (alone, other) for m in each.model.modules() if hasattr(m, "norm_batch_size")]:
+        module.norm_batch_size = 2
     start = {key: value.clone() for key, value in alone.model.state_dict().items()}
     compiled = Eager(other, channels_last=True, compiled=True)
     assert step(compiled, 20, dtype) == pytest.approx(step(Eager(alone), 20, dtype), rel=1e-9)
@@ -254,13 +282,18 @@ def test_which_engine_auto_takes():
     assert make_engine(trainings(), "auto").name == "3 seeds as one network, channels_last"
     long = make_training("bn", epochs=10_500)  # of 96 images each
     assert make_engine([long], "auto").name == "channels_last, compiled"
-    assert make_engine([make_training("gn", epochs=10_500)], "auto").name == "channels_last"
+    assert make_engine([make_training("gn", epochs=10_500)], "auto").name == "channels_last, compiled"
+    assert make_engine([make_training("frn", epochs=10_500)], "auto").name == "channels_last"
+    assert make_engine([replace(make_training("gn"), precision="bf16")], "auto").name == "eager"
     assert make_engine([make_training("in")], "auto").name == "eager"
     assert make_engine(trainings(norm="in"), "auto").name == "3 seeds as one network"
     with pytest.raises(UserError, match="engine=cuda_graph is not legal on device=cpu"):
         make_engine([training], "cuda_graph")
     long.model = gnbench.model("resnet8", norm=gnbench.norm("bn", norm_batch_size=2), num_classes=3)
-    assert make_engine([long], "auto").name == "eager"
+    assert make_engine([long], "auto").name == "channels_last, compiled"
+    short = make_training("bn")
+    short.model = long.model
+    assert make_engine([short], "auto").name == "eager"
     weight = training.model.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
 

@@ -19,6 +19,7 @@ from gnbench.engine.fused import Fused
 from gnbench.engine.graph import CudaGraph
 from gnbench.errors import UserError
 from gnbench.norms.batch import BatchNorm
+from gnbench.norms.group import GroupNorm
 from gnbench.train import Engine, Training
 from gnbench.workers import count_workers
 
@@ -44,8 +45,7 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     """The engine of the trainings in `lanes`, of which several make one network.
 
     What is taken depends on the whole training, not on what is left of it, so that a resumed one goes on with the same
-    arithmetic. On a CPU, torch.compile is taken for BN alone: for norms that look at one image, Inductor's code is not
-    faster than torch's kernels.
+    arithmetic. On a CPU, long trainings with BN, at any normalization batch size, or GN and its two ends are compiled.
 
     Args:
         engine: eager is the reference, for a single training; auto takes what is faster; cuda_graph records the step.
@@ -55,9 +55,9 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     """
     training = next(training for training in lanes if training is not None)
     recipe, device = training.recipe, training.dataset.mean.device
-    modules = list(training.model.modules())
-    channels_last = engine == "auto" and prefers_channels_last(training)
     check_engine(engine, device)
+    compiled = engine == "auto" and len(lanes) == 1 and _is_worth_compiling(training)
+    channels_last = compiled or (engine == "auto" and prefers_channels_last(training))
     if count_workers() > 1:
         from gnbench.engine.distributed import Distributed  # torch.distributed is for those who need it
 
@@ -67,16 +67,30 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
             raise UserError("clip_grad_norm is of each seed's own gradients: its seeds are not trained as one network")
         made: Eager | Fused = Fused(lanes, channels_last)
     else:
-        is_bn = any(type(module) is BatchNorm for module in modules)
-        long = training.total_steps * recipe.batch_size >= WORTH_COMPILING
-        made = Eager(training, channels_last, compiled=channels_last and is_bn and long)
+        made = Eager(training, channels_last, compiled)
     return CudaGraph(made) if engine == "cuda_graph" else made
 
 
+def _is_worth_compiling(training: Training) -> bool:
+    """Whether a training by itself gains more from torch.compile than it waits for it, on a CPU."""
+    known = any(type(module) in (BatchNorm, GroupNorm) for module in training.model.modules())
+    long = training.total_steps * training.recipe.batch_size >= WORTH_COMPILING
+    return known and long and training.dataset.mean.device.type == "cpu" and count_workers() == 1
+
+
 def prefers_channels_last(training: Training) -> bool:
-    """Whether engine=auto keeps a training's weights and activations as (N, H, W, C): on a CPU, with most norms."""
-    on_cpu, own_batch_size = training.dataset.mean.device.type == "cpu", training.recipe.batch_size // count_workers()
-    return on_cpu and not _needs_channels_first(list(training.model.modules()), own_batch_size)
+    """Whether a step that is not compiled keeps weights and activations as (N, H, W, C): on a CPU, with most norms.
+
+    Not where a norm is faster on (N, C, H, W) than the convolutions lose by it. That is a GroupNorm with one channel a
+    group, or any in bf16, whose channels_last kernels are slow, and a batch norm that splits its batch, whose view of
+    it as (NBS, W * C, H, W') would be a copy.
+    """
+    modules, own_batch_size = list(training.model.modules()), training.recipe.batch_size // count_workers()
+    groups = [m for m in modules if isinstance(m, nn.GroupNorm)]
+    slow = any(training.precision == "bf16" or m.num_groups == m.num_channels for m in groups)
+    sizes = [getattr(module, "norm_batch_size", None) for module in modules]
+    split = any(size is not None and size < own_batch_size for size in sizes)
+    return training.dataset.mean.device.type == "cpu" and not slow and not split
 
 
 def check_engine(engine: str, device: torch.device) -> None:
@@ -89,17 +103,6 @@ def check_engine(engine: str, device: torch.device) -> None:
         raise UserError(f"engine=cuda_graph is not legal on device={device.type}: it is auto or eager there")
     if engine == "cuda_graph" and count_workers() > 1:
         raise UserError("engine=cuda_graph is not legal for several workers: it is auto or eager for them")
-
-
-def _needs_channels_first(modules: list[nn.Module], batch_size: int) -> bool:
-    """Whether a norm is faster on (N, C, H, W) than the convolutions lose by it.
-
-    That is a GroupNorm with one channel a group, whose channels_last kernel is slow, and a batch norm that splits its
-    batch, whose view of it as (NBS, W * C, H, W') would be a copy.
-    """
-    instance = any(isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels for m in modules)
-    sizes = [getattr(module, "norm_batch_size", None) for module in modules]
-    return instance or any(size is not None and size < batch_size for size in sizes)
 
 
 def most_lanes(config: dict, on_gpu: bool, asked: int | None = None) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gnbench.engine.eager import forward, set_learning_rate
 from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
+from gnbench.norms.group import GroupNorm
 from gnbench.precise_bn import set_train_mode
 from gnbench.train import MOMENTUM, Training, make_optimizer
 
@@ -124,7 +125,7 @@ def _fuse(lanes: Lanes, links: Links, memory_format: torch.memory_format) -> nn.
 # takes; and those of their attributes that count channels or groups.
 COUNTS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("in_channels", "out_channels", "groups"),
-    nn.GroupNorm: ("num_channels", "num_groups"),
+    GroupNorm: ("num_channels", "num_groups"),
     BatchNorm: (),
     BatchRenorm: (),
 }
