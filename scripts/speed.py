@@ -8,7 +8,8 @@ Three ways to train the same ResNet on the same random images are timed in turn,
 - gnbench: what a sweep does by default: a process a core, the seeds of a cell as one network where batches are small.
 
 A round times each of them for `--seconds`, in an order of its own; ratios are of the same round. Small batches are of
-up to 8 seeds of a cell; a sweep of fewer seeds gains less.
+up to 8 seeds of a cell; a sweep of fewer seeds gains less. A network without any norm is measured too: what the
+convolutions alone leave to win. The common loop is in float32, beside cells in bf16 too.
 """
 
 import argparse
@@ -53,18 +54,22 @@ class Cell:
     norm: str
     batch_size: int
     norm_batch_size: int | None = None
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
-        return f"{self.norm} {self.batch_size}" + (f" NBS {self.norm_batch_size}" if self.norm_batch_size else "")
+        nbs = f" NBS {self.norm_batch_size}" if self.norm_batch_size else ""
+        return f"{self.norm} {self.batch_size}{nbs}" + (" bf16" if self.precision == "bf16" else "")
 
     def model(self, name: str, seed: int = 0) -> torch.nn.Module:
         params = {"norm_batch_size": self.norm_batch_size} if self.norm_batch_size else {}
         return gnbench.model(name, norm=gnbench.norm(self.norm, **params), seed=seed)
 
 
-CELLS = [Cell(norm, batch) for batch in (2, 8, 32, 128) for norm in ("bn", "gn", "ln", "in")]
+BATCHES = (2, 8, 32, 128)
+CELLS = [Cell(norm, batch) for batch in BATCHES for norm in ("bn", "gn", "ln", "in", "none")]
 CELLS += [Cell("bn", 128, size) for size in (2, 8, 32)]
+CELLS += [Cell(norm, batch, precision="bf16") for batch in BATCHES for norm in ("bn", "gn")]
 
 
 class RandomImages(torch.utils.data.Dataset):
@@ -126,7 +131,10 @@ def gnbench_loop(cell: Cell, model_name: str, device: str, engine: str, num_lane
     keep_freed_memory()
     dataset = resident(device)
     recipe = Recipe(batch_size=cell.batch_size)
-    members = [Training(cell.model(model_name, seed).to(device), dataset, recipe, seed) for seed in range(num_lanes)]
+    members = [
+        Training(cell.model(model_name, seed).to(device), dataset, recipe, seed, cell.precision)
+        for seed in range(num_lanes)
+    ]
     engine = make_engine(members, engine)
     engine.set_train_mode(frozen=False)
     loss_sums = torch.zeros(num_lanes, dtype=torch.float64, device=device)

@@ -13,7 +13,36 @@ from gnbench.train import Training
 log = logging.getLogger(__name__)
 
 
-class Eager:
+class StepEngine:
+    """An engine whose step is an update by its optimizer, at the rate that its members' recipe has for it."""
+
+    members: list[Training]
+    optimizer: torch.optim.Optimizer
+
+    def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One update of every member by its own batch: images (B, C, H, W), labels (B,).
+
+        Returns:
+            Mean losses and numbers of errors, (members,) each, on the device.
+        """
+        self.set_learning_rate()
+        return self.update(batches)
+
+    def set_learning_rate(self) -> None:
+        """Take the rate of the next update."""
+        rate = self.members[0].learning_rate
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # which a recorded step reads
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def update(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A step at the rate that is set: what runs on the device."""
+        raise NotImplementedError
+
+
+class Eager(StepEngine):
     """One training, by torch's own kernels as they come.
 
     Args:
@@ -40,17 +69,7 @@ class Eager:
         """Training mode; with `frozen`, running statistics are used as they are."""
         set_train_mode(self.members[0].model, frozen)
 
-    def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """One update by images (B, C, H, W), labels (B,); mean loss and number of errors, (1,) each, on the device."""
-        self.set_learning_rate()
-        return self.update(batches)
-
-    def set_learning_rate(self) -> None:
-        """Take the rate of the next update."""
-        set_learning_rate(self.optimizer, self.members[0].learning_rate)
-
     def update(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """A step at the rate that is set: what runs on the device."""
         training = self.members[0]
         recipe, ((images, labels),) = training.recipe, batches
         logits = forward(self.network, images, training.precision)
@@ -79,15 +98,6 @@ class _Compiled:
                 log.warning("trained without torch.compile: %s", str(error).partition("\n")[0])
                 self.works = False
         return self.model(images)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next update, for every parameter."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # which a recorded step reads
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
 
 
 def forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: str) -> Tensor:

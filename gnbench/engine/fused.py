@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.engine.eager import forward, set_learning_rate
+from gnbench.engine.eager import StepEngine, forward
 from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
 from gnbench.norms.group import GroupNorm
@@ -26,7 +26,7 @@ Lanes = Sequence[nn.Module | None]  # one module a lane, of the same kind; None 
 Links = list[tuple[nn.Parameter, list[nn.Parameter | None]]]  # a fused parameter and the lanes' parts of it
 
 
-class Fused:
+class Fused(StepEngine):
     """Trainings that differ by their seeds alone, at the same step, moved forward as one network.
 
     A lane may be empty: its parameters are zeros that nothing reads. So a group whose members have ended, diverged or
@@ -51,17 +51,7 @@ class Fused:
         """Training mode; with `frozen`, running statistics are used as they are."""
         set_train_mode(self.network, frozen)
 
-    def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """One update of every member by its own batch; losses and numbers of errors, (members,) each, on the device."""
-        self.set_learning_rate()
-        return self.update(batches)
-
-    def set_learning_rate(self) -> None:
-        """Take the rate of the next update."""
-        set_learning_rate(self.optimizer, self.members[0].learning_rate)
-
     def update(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """A step at the rate that is set: what runs on the device."""
         lead = self.members[0]
         present = [lane for lane, training in enumerate(self.lanes) if training in self.members]
         images, labels = self._spread(batches, present)
