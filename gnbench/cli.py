@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -24,6 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from gnbench.configs import CONFIGS, choices
+from gnbench.console import INTERRUPTED, fall_silent
 from gnbench.errors import SweepFailed, UserError
 from gnbench.plan import Run, num_cores, plan_run
 from gnbench.recipe import Recipe
@@ -75,9 +75,10 @@ def plan(cfg: DictConfig, in_sweep: bool) -> Run:
     Raises:
         UserError: a value is not legal.
     """
-    return plan_run(
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), default_threads=1 if in_sweep else num_cores()
-    )
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for key in config.keys() - {field.name for field in fields(Config)}:  # +key=value adds what nothing reads
+        raise UserError(_unknown_key(key))
+    return plan_run(config, default_threads=1 if in_sweep else num_cores())
 
 
 def train_one(cfg: DictConfig) -> dict:
@@ -134,6 +135,7 @@ def main() -> None:
     app = hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(train_one)
     with _exit_on_error():
         app()
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -145,7 +147,9 @@ def _exit_on_error() -> Iterator[None]:
         if rank() == FIRST:
             print("gnbench: stopped by SIGINT", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(128 + signal.SIGINT)  # sys.exit's status is lost where the interrupt met an exec(), of a dataclass say
+        os._exit(INTERRUPTED)  # sys.exit's status is lost where the interrupt met an exec(), of a dataclass say
+    except BrokenPipeError:
+        sys.exit(fall_silent())
     except Exception as error:
         if os.environ.get("GNBENCH_TRACEBACK") == "1":
             raise
@@ -158,7 +162,7 @@ def _exit_on_error() -> Iterator[None]:
 
 
 def _exit_status(error: Exception) -> int:
-    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
+    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)) or _is_of_group(error):
         return REFUSED
     number = getattr(error, "number", None)  # of the signal that interrupted a run
     return FAILED if number is None else 128 + number
@@ -179,10 +183,19 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ConfigCompositionException) and (match := re.match(r"Error merging override (.*)", text)):
         return f"{match[1]} is not legal: {_first_line(error.__cause__)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read as key=value: {text.splitlines()[-2 if 'See http' in text else -1]}"
+        said = next(line for line in text.splitlines() if line and line != error.override and set(line) - set(" ^"))
+        hint = "; a value with spaces or letters beyond ASCII stands in quotes of its own, as in 'results=\"a b\"'"
+        return f"{error.override} cannot be read as key=value: {said}{hint}"
+    if _is_of_group(error):
+        return "a config group takes the name of one of its files, as in norm=gn or sweep=quick"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return " ".join(line.strip() for line in text.splitlines())
     return f"{type(error).__name__}: {text}"
+
+
+def _is_of_group(error: Exception) -> bool:
+    """Whether Hydra was given a group's name that is no text, such as sweep=null."""
+    return isinstance(error, ValueError) and str(error).startswith("Config group override must be")
 
 
 def _unknown_key(key: str) -> str:

@@ -16,7 +16,7 @@ from gnbench.errors import UserError
 
 _PACKAGE = Path(__file__).parent
 # An installed package carries the files inside; a clone has them beside it, where people edit them.
-CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+CONFIGS = _PACKAGE / "config_files" if (_PACKAGE / "config_files").is_dir() else _PACKAGE.parent / "configs"
 
 RESERVED = ("name", "_target_", "weight", "source")  # keys of a node that are not arguments of its target
 RELEASED = ("gnbench", "torch", "torchvision", "timm")  # packages that a version names, not their source

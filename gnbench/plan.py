@@ -1,6 +1,7 @@
 """From a resolved config to a run that may be trained: checked, named and placed, before the first step of any."""
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -81,8 +82,9 @@ def plan_run(config: dict, default_threads: int) -> Run:
         raise UserError(f"precision={config['precision']} is not legal: it is one of {', '.join(PRECISIONS)}")
     if config["engine"] not in ENGINES:
         raise UserError(f"engine={config['engine']} is not legal: it is one of {', '.join(ENGINES)}")
-    if config["seed"] < 0:
-        raise UserError(f"seed={config['seed']} is not legal: it is 0 or more")
+    for key, seed in (("seed", config["seed"]), ("data.split_seed", config["data"]["split_seed"])):
+        if not 0 <= seed < 2**63:
+            raise UserError(f"{key}={seed} is not legal: it is 0 or more, and below 2**63")
     if config["checkpoint_s"] <= 0:
         raise UserError(f"checkpoint_s={config['checkpoint_s']} is not legal: it is a number of seconds above 0")
     _settle_measure(config)
@@ -130,8 +132,10 @@ def load_images(node: dict, verify: bool = True) -> Images:
     Args:
         verify: whether every pixel is compared with its checksum; the fingerprint alone does not need it.
     """
-    source = {key: value for key, value in node.items() if key not in SPLIT_KEYS}
-    return partial(source)(name=node["name"], verify=verify)
+    load = partial({key: value for key, value in node.items() if key not in SPLIT_KEYS})
+    for key in load.keywords.keys() - inspect.signature(load.func).parameters.keys():
+        raise UserError(f"data.{key} is not a key of data={node['name']}")
+    return load(name=node["name"], verify=verify)
 
 
 @functools.cache  # a sweep plans hundreds of runs on one data set

@@ -108,6 +108,9 @@ def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) 
     records, members = {}, []
     with contextlib.ExitStack() as stack:
         for run in runs:
+            if run.is_finished() and not any((run.directory / name).exists() for name in (CURRENT, PREVIOUS)):
+                records[run.digest] = load_record(run.directory / RECORD)  # though its place may be for reading alone
+                continue
             try:
                 if not stack.enter_context(_locked(run)):
                     log.warning("%s is being trained by another process", run.name)
@@ -179,6 +182,8 @@ def choose_device(name: str, precision: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={name} is not to be had here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name} is not legal: it is auto, cpu, cuda, cuda:1, ...")
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"precision=tf32 is not legal on device={name}: it is float32 or bf16 there")
     return device

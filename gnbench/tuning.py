@@ -1,6 +1,7 @@
 """A learning rate for each cell, chosen on held-out training images among the same candidates for every cell."""
 
 import functools
+import itertools
 from pathlib import Path
 
 from gnbench.errors import UserError
@@ -32,9 +33,12 @@ def choose_base_lr(config: dict) -> tuple[float, dict]:
     if unfinished:
         raise UserError(f"tuned_from={directory}: {unfinished[0]} is not finished; run its sweep to the end first")
     errors = {lr: _mean_val_error([r for r in cell if r["config"]["base_lr"] == lr], directory) for lr in budget}
-    untried = [lr for lr in budget if not any(record["config"]["base_lr"] == lr for record in cell)]
-    if untried:
-        raise UserError(f"tuned_from={directory} has no run of {where} base_lr={untried[0]}: every cell needs the same")
+    seeds = sorted({record["config"]["seed"] for record in cell})
+    tried = {(record["config"]["base_lr"], record["config"]["seed"]) for record in cell}
+    for lr, seed in itertools.product(budget, seeds or [None]):
+        if (lr, seed) not in tried:
+            which = f"base_lr={lr}" if lr not in {lr for lr, _ in tried} else f"base_lr={lr} seed={seed}"
+            raise UserError(f"tuned_from={directory} has no run of {where} {which}: every cell needs the same")
     finite = {lr: error for lr, error in errors.items() if error is not None}
     if not finite:
         raise UserError(f"tuned_from={directory}: every run of {where} diverged")
@@ -53,6 +57,8 @@ def _read_runs(directory: Path) -> list[dict]:
     records = [load_record(path) for path in find_runs(directory)]
     if not records:
         raise UserError(f"tuned_from={directory} holds no runs: gnbench sweep=tune makes them")
+    if len({record.get("data_fingerprint") for record in records}) > 1:
+        raise UserError(f"tuned_from={directory} mixes runs on different images: tune in a directory of its own")
     recipes = [{key: value for key, value in record["config"].items() if key not in AXES} for record in records]
     for recipe in recipes:
         mixed = [key for key in recipe if recipe[key] != recipes[0].get(key)]

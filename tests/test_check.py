@@ -169,6 +169,12 @@ def test_a_check_changes_nothing(path):
     assert os.listdir(path.parent) == ["record.json"]
 
 
+def test_a_directory_without_a_run_is_not_one_in_which_nothing_is_wrong(path, capsys):
+    for directory in (path.parent.parent.parent, path.parent):  # one level too high, one too deep
+        assert main([str(directory), "--check"]) == 2
+        assert f"{directory}: holds no runs; they stand directly in it" in capsys.readouterr().err
+
+
 def test_the_report_command_prints_what_the_check_finds(path, capsys):
     sweep = path.parent.parent
     assert main([str(sweep), "--check"]) == 0

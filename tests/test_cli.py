@@ -48,6 +48,10 @@ def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
         ("batch_size=abc", "batch_size=abc is not legal: Value 'abc' of type 'str' could not be converted to Integer"),
         ("epochs=-1", "epochs=-1 is not legal: epochs is 1 or more"),
         ("batchsize=2", "batchsize is not a key; did you mean batch_size?"),
+        ("+bath_size=3", "bath_size is not a key; did you mean batch_size?"),
+        ("device=meta", "device=meta is not legal: it is auto, cpu, cuda"),
+        ("sweep=null", "a config group takes the name of one of its files, as in norm=gn"),
+        ("results=r\u00e9", "results=r\u00e9 cannot be read as key=value: "),
         ("norm=foo", "norm=foo is not known: it is one of batch_group, bcn, "),
         ("model=foo", "model=foo is not known: it is one of resnet110,"),
         ("data=foo", "data=foo is not known: it is one of cifar10, cifar100, image_folder, random, tiny, toy"),
@@ -238,6 +242,42 @@ def test_installed_from_a_wheel_the_configs_come_along(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site)},
     ).stdout  # fmt: skip
-    assert shown.splitlines()[0] == str(site / "gnbench" / "configs")
+    assert shown.splitlines()[0] == str(site / "gnbench" / "config_files")
     assert "'gn'" in shown
     assert "'batch_size'" in shown
+
+
+def test_in_a_clone_s_parent_the_package_is_not_the_folder_of_that_name(tmp_path):
+    """Which Python takes for a package of its own where the install is an import hook that comes after it."""
+    (tmp_path / "gnbench").mkdir()
+    (tmp_path / "random.py").write_text("raise RuntimeError('not the one that was meant')")
+    installed = Path(sys.executable).with_name("gnbench")
+    words = ["--config-dir", str(TESTS / "configs"), "-m", "norm=gn", *TINY, "max_steps=1"]
+    env = environment({"PYTHONPATH": str(TESTS)})
+    done = subprocess.run([installed, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["gnbench", "gnbench.analysis.report", "gnbench.analysis.runs"])
+def test_a_reader_that_leaves_is_no_error(tmp_path, module):
+    words = {"gnbench": ["--cfg", "job"]}.get(module, [str(ROOT / "results" / "tune-cifar10-jpeg-resnet8")])
+    more = ["--out", str(tmp_path)] if module.endswith("report") else []
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", module, *words, *more]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("module", ["gnbench.analysis.report", "gnbench.analysis.runs"])
+def test_ctrl_c_ends_the_other_commands_without_a_traceback(tmp_path, module):
+    code = (
+        f"import signal; from {module} import main; signal.signal(signal.SIGALRM, signal.default_int_handler); "
+        "signal.setitimer(signal.ITIMER_REAL, 0.2); raise SystemExit(main())"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "results" / "zoo-cifar10-jpeg-resnet8")]
+    if module.endswith("report"):
+        command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "Traceback" in done.stderr) == (130, False)

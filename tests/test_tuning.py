@@ -9,11 +9,14 @@ from gnbench.record import save_record
 from gnbench.run import execute
 
 
-def write_run(directory, base_lr: float, val_error: float | None, seed=0, status="done", norm="bn", more=()) -> None:
+def write_run(
+    directory, base_lr: float, val_error: float | None, seed=0, status="done", norm="bn", more=(), fingerprint=""
+) -> None:
     config = plan_run(tiny_config(f"norm={norm}", f"base_lr={base_lr}", f"seed={seed}", *more), 1).config
     name = f"{norm}-{base_lr}-{seed}"
     result = {"val_error": val_error, "test_error": 100 - (val_error or 0)} if status == "done" else None
-    save_record(directory / name / "record.json", {"run": name, "status": status, "config": config, "result": result})
+    record = {"run": name, "status": status, "config": config, "result": result, "data_fingerprint": fingerprint}
+    save_record(directory / name / "record.json", record)
 
 
 def plan(directory, *words: str):
@@ -35,6 +38,8 @@ def test_a_rate_at_which_a_seed_diverged_is_not_taken(tmp_path):
     write_run(tmp_path, 0.05, 30.0)
     write_run(tmp_path, 0.1, 29.0)
     write_run(tmp_path, 0.2, 10.0)
+    for base_lr in (0.05, 0.1):
+        write_run(tmp_path, base_lr, 31.0, seed=1)
     write_run(tmp_path, 0.2, None, seed=1, status="diverged")
     run = plan(tmp_path)
     assert (run.config["base_lr"], run.config["tuning"]["edge"]) == (0.1, False)
@@ -49,6 +54,7 @@ def test_a_rate_at_which_a_seed_diverged_is_not_taken(tmp_path):
         ([(0.1, None)], r"bn-0\.1-0 held out no images"),
         ([(0.1, 20.0), (0.2, 20.0, 0, "done", "bn", ("epochs=3",))], "mixes runs that differ in epochs"),
         ([(0.1, 20.0, 0, "done", "bn", ("data.name=other",))], "was tuned on data=other, not on this"),
+        ([(0.1, 20.0), (0.2, 20.0), (0.2, 9.0, 1)], r"no run of norm=bn .* base_lr=0\.1 seed=1: every cell needs"),
         ([(0.1, 20.0), (0.2, 20.0, 0, "done", "gn")], r"no run of norm=bn .* base_lr=0\.2: every cell needs the same"),
     ],
 )
@@ -56,6 +62,13 @@ def test_a_choice_that_would_not_be_fair_is_refused(tmp_path, runs, sentence):
     for run in runs:
         write_run(tmp_path, *run)
     with pytest.raises(UserError, match=sentence):
+        plan(tmp_path)
+
+
+def test_a_choice_among_runs_on_different_images_is_refused(tmp_path):
+    for base_lr, fingerprint in ((0.1, "one"), (0.2, "other")):
+        write_run(tmp_path, base_lr, 20.0, fingerprint=fingerprint)
+    with pytest.raises(UserError, match="mixes runs on different images"):
         plan(tmp_path)
 
 

@@ -32,17 +32,20 @@ def check_runs(directory: Path | str) -> list[Finding]:
     and not followed.
 
     Raises:
-        UserError: there is no such directory.
+        UserError: there is no such directory, or there is no run in it.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give one that holds runs (<directory>/<run>/{RECORD})")
-    findings = []
+    findings, num_runs = [], 0
     for place in sorted(path for path in directory.iterdir() if path.is_dir()):
         if not place.resolve().is_relative_to(directory.resolve()):
             findings.append(Finding(place.name, f"is a link to {place.resolve()}, outside of {directory}; not read"))
         elif _is_run(place):
+            num_runs += 1
             findings += [Finding(place.name, sentence) for sentence in _check_run(place)]
+    if not findings and not num_runs:
+        raise UserError(f"{directory}: holds no runs; they stand directly in it, as <run>/{RECORD}")
     return findings
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gnbench.console import as_command
 from gnbench.errors import UserError
 from gnbench.record import write_atomic
 
@@ -55,6 +56,7 @@ NORM_COLUMNS = {
 DECIMALS = {"time_s": 0, "images_per_s": 0, "peak_memory_mb": 0}
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 if --check found fault, 2 with a sentence where DIR cannot be used."""
     options = make_parser().parse_args(argv)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gnbench.console import as_command
 from gnbench.errors import UserError
 from gnbench.record import LOCK, NOT_IDENTITY, RECORD, digest, leaves, load_record
 
@@ -40,6 +41,7 @@ NEVER = 1000  # changes of a file that is not to be chosen
 NUMBERS = ("test_error", "final_test_error", "val_error", "train_error", "train_loss", "time_s")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 if a run was left out, 2 with a sentence where it was refused."""
     options = make_parser().parse_args(argv)

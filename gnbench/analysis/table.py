@@ -246,7 +246,9 @@ def _read_run(path: Path) -> dict:
         return {**_flatten_record(load_record(path)), **place}
     except UserError as error:
         cause = str(error).removeprefix(f"{path}: ")
-        return {"status": "unreadable", "cause": cause, "history": [], "measure": None, **place}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        cause = f"has a value of another kind than a record's ({type(error).__name__}: {error})"
+    return {"status": "unreadable", "cause": cause, "history": [], "measure": None, **place}
 
 
 def _flatten_record(record: dict) -> dict:

@@ -184,6 +184,7 @@ class Cores(Launcher):
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["gnbench.cli", "gnbench.run"])  # torch is imported once, not once a run
+        os.environ.setdefault("PYTHONSAFEPATH", "1")  # a random.py in the working directory is not Python's own
         return context
 
     def _payload(self) -> tuple:
