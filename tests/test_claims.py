@@ -1,6 +1,7 @@
 """Every verdict on data made to deserve it, on data that must not be judged, and its rate of error under chance."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -53,10 +54,65 @@ def test_the_papers_numbers_make_the_papers_claims_hold(paper, start):
 
 
 def test_what_was_not_trained_is_not_judged(paper):
-    rows = paper[paper["verdict"] == claims.OPEN]
-    assert len(rows) == 3  # groups, normalization batches, precise statistics
-    assert all(rows["detail"].str.len() > 20)
+    rows = paper[paper["verdict"] == claims.NOT_TESTED]
+    assert list(rows["detail"]) == [
+        "GN was not trained with different groups",
+        "BN was not trained at one batch size with different norm_batch_size",
+        "the records hold no errors by statistics",
+    ]
     assert rows["effect"].isna().all()
+    assert list(paper["verdict"])[-3:] == [claims.NOT_TESTED] * 3
+    assert claims.OPEN not in set(paper["verdict"])
+
+
+def test_a_sweep_of_three_norms_without_bn_tests_nothing(tmp_path):
+    for norm in ("gn", "ln", "in"):
+        write_cell(tmp_path, norm, 32, 24)
+    found = claims.claims(table.load(tmp_path))
+    assert set(found["verdict"]) == {claims.NOT_TESTED}
+    assert "GN at batch size 2 has no run" in set(found["detail"])
+    assert "BN has no run" in set(found["detail"])
+
+
+def test_a_cell_without_runs_weighs_more_than_one_that_cannot_be_judged(tmp_path):
+    """BN at 2 has one seed, or has diverged; GN at 2 and BN at 32 were never trained: no more seeds would tell."""
+    write_run(tmp_path / "one", "bn", 2)
+    write_run(tmp_path / "diverged", "bn", 2, status="diverged")
+    for place in ("one", "diverged"):
+        for start in ("BN's test error rises", "GN beats BN at batch size 2", "BN's and GN's"):
+            assert judge(tmp_path / place, start)["verdict"] == claims.NOT_TESTED, (place, start)
+        assert judge(tmp_path / place, "Precise statistics")["verdict"] != claims.HOLDS
+    assert judge(tmp_path / "diverged", "Precise statistics")["detail"] == "BN at batch size 2: 1 of 1 run diverged"
+
+
+def test_statements_that_are_not_tested_come_last(tmp_path):
+    for epochs in (3, 30):
+        write_cell(tmp_path, "bn", 32, 24, epochs=epochs)
+        write_cell(tmp_path, "bn", 2, 34, epochs=epochs)
+    found = claims.claims(table.load(tmp_path))
+    assert list(found["verdict"]) == [claims.HOLDS] * 2 + [claims.NOT_TESTED] * (len(found) - 2)
+
+
+def test_one_setting_with_one_norm_batch_size_makes_up_no_others(tmp_path):
+    """SGD batch 128 with NBS 128 to 2, and frozen statistics with NBS 2 alone: no sweep has batches of 2048."""
+    for size in (128, 32, 2):
+        write_cell(tmp_path, "bn", 128, 24, norm_batch_size=size)
+    write_cell(tmp_path, "bn", 128, 24, norm_batch_size=2, frozen_epochs=3)
+    found = claims.claims(table.load(tmp_path))
+    frozen = found[found["setting"] == "frozen_epochs=3"]
+    assert set(frozen["verdict"]) == {claims.NOT_TESTED}
+    assert "BN [frozen_epochs=3] at batch size 2 has no run" in set(frozen["detail"])
+    assert not found["detail"].str.contains("2048|256|norm_batch_size 32").any()
+
+
+def test_a_norm_off_the_axis_is_not_said_to_have_no_run(tmp_path):
+    for images in (32, 2):
+        write_cell(tmp_path, "brn", 8 * images, 24, norm_batch_size=images, norm_keys={"norm_batch_size": images})
+    frame = table.load(tmp_path)
+    of_bn = frame.assign(norm="bn", norm_batch_size=frame["batch_size"], label="BN")
+    both = pd.concat([frame.assign(norm_batch_size=frame["batch_size"] // 8), of_bn.iloc[:5]], ignore_index=True)
+    details = claims.claims(both)["detail"]
+    assert "BN has no run with batch_size = 8 · norm_batch_size" in set(details)
 
 
 def test_a_rise_is_reported_in_points_with_its_interval(tmp_path):
@@ -98,6 +154,9 @@ def test_level_is_refuted_by_one_size_that_is_far_off(tmp_path):
     row = judge(tmp_path, "GN's test error is level")
     assert row["verdict"] == claims.FAILS
     assert row["effect"] == pytest.approx(3)
+    assert row["test"] == "Welch against +1, Holm over 2 batch sizes"
+    assert row["p"] < row["p_holm"] < 0.05
+    assert row["low"] > 1
 
 
 def test_level_is_open_when_the_spread_is_wide(tmp_path):
@@ -125,8 +184,46 @@ def test_comparisons_over_batch_sizes_are_corrected(tmp_path):
         write_cell(tmp_path / "five", "bn", batch_size, 24.35 if batch_size == 2 else 24)
         write_cell(tmp_path / "five", "gn", batch_size, 24)
     among_five = judge(tmp_path / "five", "GN beats BN at batch size 2")
-    assert among_five["p"] == pytest.approx(5 * alone["p"])
+    assert among_five["p"] == alone["p"] < 0.05
+    assert among_five["low"] == alone["low"] > 0  # p and interval are of the one test, and agree
+    assert among_five["p_holm"] == pytest.approx(5 * alone["p"])
+    assert among_five["test"] == "Welch, Holm over 5 batch sizes"
+    assert f"p = {alone['p']:.2g}, Holm over 5 batch sizes: p = {5 * alone['p']:.2g};" in among_five["detail"]
+    assert (alone["test"], alone["detail"].count("p = ")) == ("Welch", 1)
+    assert math.isnan(alone["p_holm"])
     assert (alone["verdict"], among_five["verdict"]) == (claims.HOLDS, claims.OPEN)
+
+
+def test_p_and_interval_agree_in_every_row(tmp_path):
+    """p < 0.05 exactly where the interval leaves out what it is against; for TOST, where it lies inside the margin."""
+    rng = np.random.default_rng(3)
+    for norm in ("bn", "gn", "ln"):
+        for batch_size in (32, 8, 4, 2):
+            shift = rng.normal(0.5, 1) if norm == "bn" else 0
+            for seed in range(3):
+                write_run(tmp_path, norm, batch_size, seed, test_error=24 + shift + rng.normal(0, 0.5))
+    found = claims.claims(table.load(tmp_path)).dropna(subset="p")
+    assert len(found) >= 8
+    for row in found.to_dict("records"):
+        against = re.search(r"against ([+-]\d)", row["test"])
+        threshold = float(against[1]) if against else 0
+        if row["test"].startswith("TOST"):
+            is_seen = -1 < row["low"] and row["high"] < 1
+        else:
+            is_seen = not row["low"] <= threshold <= row["high"]
+        assert is_seen == (row["p"] < 0.05), row
+        assert math.isnan(row["p_holm"]) == ("Holm" not in row["test"])
+        assert math.isnan(row["p_holm"]) or row["p_holm"] >= row["p"]
+
+
+def test_p_is_told_with_the_margin_that_it_is_against(tmp_path):
+    """An interval that leaves out 0 but not the margin."""
+    write_cell(tmp_path, "bn", 32, 24)
+    write_cell(tmp_path, "bn", 2, 25)
+    row = judge(tmp_path, "BN's test error rises", margin=0.9)
+    assert (row["low"] > 0, row["low"] < 0.9, row["verdict"]) == (True, True, claims.OPEN)
+    assert row["test"] == "Welch against +0.9"
+    assert f"p = {row['p']:.2g} against +0.9" in row["detail"]
 
 
 def test_the_crossover_is_placed(tmp_path):
@@ -168,7 +265,12 @@ def test_groupings_against_the_extremes(tmp_path, means, verdict):
         write_cell(tmp_path, "gn", 32, mean, norm_keys={"num_groups": num_groups})
     write_cell(tmp_path, "ln", 32, 25)
     write_cell(tmp_path, "gn", 32, 26, norm_keys={"num_groups": None, "channels_per_group": 1})
-    assert judge(tmp_path, "Some grouping")["verdict"] == verdict
+    row = judge(tmp_path, "Some grouping")
+    assert row["verdict"] == verdict
+    family = "Holm over 2 extremes" if verdict == claims.FAILS else "Holm over 3 groupings"
+    assert row["test"] == f"Welch, {family}"
+    assert f"; {family}: p = {row['p_holm']:.2g}" in row["detail"]
+    assert (row["p_holm"] < 0.05) == (verdict != claims.OPEN)
 
 
 def write_norm_batch_runs(directory, split, small):
@@ -190,8 +292,8 @@ def test_one_of_the_two_sweeps_is_not_enough(tmp_path):
     write_cell(tmp_path, "bn", 32, 24)
     write_cell(tmp_path, "bn", 32, 30, norm_batch_size=2)
     row = judge(tmp_path, "BN's loss at small batches")
-    assert row["verdict"] == claims.OPEN
-    assert "BN at batch size 2 has no finished run" in row["detail"]
+    assert row["verdict"] == claims.NOT_TESTED
+    assert row["detail"] == "BN at batch size 2 has no run"
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(3.0, claims.HOLDS), (-3.0, claims.FAILS), (0.0, claims.OPEN)])
@@ -210,7 +312,10 @@ def test_a_part_refutes_only_after_correction_for_the_number_of_parts():
     part = claims.Part("a − b", -1.0, -2.0, 0.0, "Welch", 0.04, 0.5, 5, support=-1.0, sd=0.5)
     other = claims.Part("c − b", 0.5, -1.0, 2.0, "Welch", 0.50, 0.5, 5, support=0.5, sd=0.5)
     assert claims.decide([part]).verdict == claims.FAILS
-    assert claims.decide([part, other]).verdict == claims.OPEN
+    both = claims.decide([part, other])
+    assert (both.verdict, both.p, both.p_holm) == (claims.OPEN, 0.04, 0.08)
+    assert "p = 0.04, Holm over 2 comparisons: p = 0.08" in both.detail
+    assert "p = 0.5" in both.detail
 
 
 @pytest.mark.parametrize(
@@ -218,8 +323,8 @@ def test_a_part_refutes_only_after_correction_for_the_number_of_parts():
     [
         ("diverged", "diverged"),
         ("failed", "failed"),
-        ("running", "are not finished"),
-        ("interrupted", "are not finished"),
+        ("running", "not finished"),
+        ("interrupted", "not finished"),
     ],
 )
 def test_a_cell_with_a_run_that_has_no_result_is_not_judged(tmp_path, status, words):
@@ -234,7 +339,7 @@ def test_a_cell_with_a_run_that_has_no_result_is_not_judged(tmp_path, status, wo
 def test_a_missing_cell_is_named(tmp_path):
     write_cell(tmp_path, "bn", 32, 24)
     row = judge(tmp_path, "BN's test error rises")
-    assert (row["verdict"], row["detail"]) == (claims.OPEN, "BN at batch size 2 has no finished run")
+    assert (row["verdict"], row["detail"]) == (claims.NOT_TESTED, "BN at batch size 2 has no run")
 
 
 def test_one_seed_is_not_judged(tmp_path):
@@ -242,7 +347,8 @@ def test_one_seed_is_not_judged(tmp_path):
         write_cell(tmp_path, "bn", batch_size, 24 + 30 / batch_size, seeds=range(2))
     write_run(tmp_path, "gn", 32, 0)
     assert judge(tmp_path, "BN's test error rises")["verdict"] == claims.HOLDS
-    assert "1 seeds; 2 or more are needed" in judge(tmp_path, "BN beats GN")["detail"]
+    row = judge(tmp_path, "BN beats GN")
+    assert (row["verdict"], row["detail"]) == (claims.OPEN, "GN at batch size 32 has 1 seed; 2 or more are needed")
 
 
 def test_the_papers_workers_are_read_as_images_per_worker(tmp_path):

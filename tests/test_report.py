@@ -174,6 +174,59 @@ def test_claims_are_judged_with_the_margin_that_is_given(sweep, written, tmp_pat
     assert (tmp_path / "error_vs_batch_size.svg").read_bytes() != (written / "error_vs_batch_size.svg").read_bytes()
 
 
+def test_what_was_not_tested_is_folded_away(written):
+    page = read_page(written)
+    text = page.text()
+    before, _, after = text.partition("4 statements not tested: cells that they need were not trained")
+    assert "not tested GN lies between BN and LN" in after
+    assert "not tested GN lies between" not in before
+    assert "corrected after Holm over all of them" in before
+    tags = [tag for tag, attributes in page.tags if tag == "details" or attributes.get("class") == "claims"]
+    assert tags[:3] == ["ul", "details", "ul"]
+
+
+def test_one_run_of_one_epoch_is_told_in_the_singular(tmp_path):
+    write_run(tmp_path, "gn", report_epochs=1, num_epochs=1, epochs=1)
+    report.main([str(tmp_path)])
+    text = read_page(tmp_path).text()
+    assert "percent, top-1; of the last epoch" in text
+    assert "1 run " in text
+    for wrong in ("1 runs", "1 epochs", "1 seeds", "1 statements"):
+        assert wrong not in text.replace("11 ", "")
+
+
+@pytest.mark.parametrize(("num_epochs", "words"), [(1, "of the last epoch"), (6, "over its last 5 epochs")])
+def test_the_median_is_over_the_epochs_that_there_are(tmp_path, num_epochs, words):
+    write_run(tmp_path, "gn", num_epochs=num_epochs)
+    assert words in dict(report.list_facts(table.load(tmp_path)))["Test error"]
+
+
+def test_whole_parameters_of_a_norm_are_whole_beside_norms_without_them(tmp_path):
+    write_run(tmp_path, "mine", test_error=20, norm_keys={"blocks": 4, "alpha": 0.25})
+    write_run(tmp_path, "bn")
+    assert "mine: alpha = 0.25, blocks = 4;" in dict(report.list_facts(table.load(tmp_path)))["Norms"] + ";"
+
+
+def test_the_page_says_whose_time_it_is_where_seeds_share_a_network(tmp_path):
+    environment = {"torch": "2.13.0", "processor": "Made-up 9000", "device": "cpu"}
+    for place, engine in (("alone", "channels_last"), ("together", "3 seeds as one network, channels_last")):
+        for seed in range(3):
+            keys = {"environment": {**environment, "engine": engine}}
+            write_run(tmp_path / place, "bn", 2, seed, record_keys=keys)
+        report.main([str(tmp_path / place)])
+        text = read_page(tmp_path / place).text()
+        assert engine in text
+        assert (report.TIME_NOTE in text) == (place == "together")
+        assert set(pd.read_csv(tmp_path / place / "runs.csv")["engine_used"]) == {engine}
+
+
+def test_configurations_are_counted_with_the_unmarked_one(tmp_path):
+    write_run(tmp_path, "bn", 32)
+    write_run(tmp_path, "bn", 32, frozen_epochs=3)
+    fact = dict(report.list_facts(table.load(tmp_path)))["Configuration besides norm, batch size and seed"]
+    assert fact == "2 configurations, drawn apart: unmarked; frozen_epochs=3"
+
+
 @pytest.mark.parametrize("margin", ["0", "-1", "nan", "inf", "wide"])
 def test_a_margin_that_makes_no_sense_is_a_sentence(sweep, margin, capsys):
     assert report.main([str(sweep), "--margin", margin]) == 2
@@ -230,16 +283,21 @@ def test_headline_of_a_rise_and_a_fall(tmp_path):
     write_cells(tmp_path, "bn", {32: (57.1, 57.2, 57.3), 8: (60.0,) * 3, 2: (71.3, 71.4, 71.5)})
     write_cells(tmp_path, "gn", {32: (58.3, 58.4, 58.5), 8: (58.0,) * 3, 2: (57.4, 57.5, 57.6)})
     assert report.headline(table.load(tmp_path)) == (
-        "From batch size 32 to 2, BN's test error rises by 14.2 points (57.2 to 71.4 %); "
-        "GN's falls by 0.9 points (58.4 to 57.5 %); n = 3 seeds a cell."
+        "From batch size 32 to 2, BN's test error rises by 14.2 points [14.0, 14.4] (57.2 to 71.4 %); "
+        "GN's falls by 0.9 points [0.7, 1.1] (58.4 to 57.5 %); n = 3 seeds a cell, 95 % intervals in brackets."
     )
 
 
-def test_headline_says_what_is_within_the_noise(tmp_path):
+def test_headline_gives_the_interval_of_the_change_in_its_direction(tmp_path):
+    """4.303 · 0.283 / sqrt(2) · sqrt(2) / sqrt(2) = 0.86 to both sides, with 2 degrees of freedom."""
     write_cells(tmp_path, "gn", {32: (24.0, 24.4), 2: (24.1, 24.5)})
+    write_cells(tmp_path, "ln", {32: (24.1, 24.5), 2: (24.0, 24.4)})
+    write_cells(tmp_path, "in", {32: (24.0, 24.4), 2: (24.0, 24.4)})
     assert report.headline(table.load(tmp_path)) == (
-        "From batch size 32 to 2, GN's test error rises by 0.1 points (24.2 to 24.3 %, within the noise); "
-        "n = 2 seeds a cell."
+        "From batch size 32 to 2, GN's test error rises by 0.1 points [-1.1, 1.3] (24.2 to 24.3 %); "
+        "LN's falls by 0.1 points [-1.1, 1.3] (24.3 to 24.2 %); "
+        "IN's changes by less than 0.1 points [-1.2, 1.2] (24.2 to 24.2 %); "
+        "n = 2 seeds a cell, 95 % intervals in brackets."
     )
 
 
@@ -263,7 +321,7 @@ def test_headline_with_cells_that_have_no_result(tmp_path):
     assert report.headline(table.load(tmp_path)) == (
         "From batch size 32 to 2, BN's test error rises by 11.1 points (23.6 to 34.7 %); "
         "GN has no run at batch size 2; LN has no finished run at batch size 2; "
-        "IN cannot be told, having 1 diverged runs at batch size 2; n = 1 seed a cell, too few for an interval."
+        "IN cannot be told, having 1 diverged run at batch size 2; n = 1 seed a cell, too few for an interval."
     )
 
 
@@ -282,8 +340,8 @@ def test_headline_of_a_norm_batch_sweep(tmp_path):
     write_run(tmp_path, "gn", 32, 0, test_error=11.0)
     write_run(tmp_path, "gn", 32, 1, test_error=11.2)
     assert report.headline(table.load(tmp_path)) == (
-        "From norm batch size 32 to 2, BN's test error rises by 4.0 points (10.1 to 14.1 %); "
-        "GN's does not depend on it (11.1 %); n = 2 seeds a cell."
+        "From norm batch size 32 to 2, BN's test error rises by 4.0 points [3.7, 4.3] (10.1 to 14.1 %); "
+        "GN's does not depend on it (11.1 %); n = 2 seeds a cell, 95 % intervals in brackets."
     )
 
 

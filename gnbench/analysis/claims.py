@@ -1,9 +1,10 @@
 """The statements of arXiv:1803.08494 (and of 2105.07576) as tests over the records.
 
-    claims(gnbench.load("results/batch_size"))  # a row a statement: holds, does not hold, or cannot tell yet
+    claims(gnbench.load("results/batch_size"))  # a row a statement: holds, does not hold, cannot tell yet, not tested
 
 A statement holds, or does not, when a test at 5 % says so; where n is too small, that is the verdict, with the number
-of seeds that would do. Nothing is judged on a cell with a missing, failed, diverged or unfinished run.
+of seeds that would do. Nothing is judged on a cell with a failed, diverged or unfinished run. A statement about a cell
+that has no run is not tested. docs/report.md tells the tests and the columns.
 """
 
 import math
@@ -20,6 +21,7 @@ from gnbench.analysis.statistics import (
     compare_paired,
     compare_paired_t,
     compare_welch,
+    count_noun,
     name_cell,
     seeds_needed,
     seeds_needed_for_equivalence,
@@ -27,13 +29,13 @@ from gnbench.analysis.statistics import (
 )
 from gnbench.analysis.table import count_norm_batches, find_groups, label_norm, slice_axis
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot tell yet"
+HOLDS, FAILS, OPEN, NOT_TESTED = "holds", "does not hold", "cannot tell yet", "not tested"
 MARGIN = 1.0  # points of test error: less counts as level, more as a rise
 LARGE, SMALL = 32, 2  # the paper's ends of the axis, images that share statistics
 MOST_SEEDS = 1000  # beyond, nobody will train them
 COLUMNS = (
-    *("claim", "setting", "verdict", "effect", "low", "high", "test", "p", "p_paired", "n", "seeds_needed", "detail"),
-    "source",
+    *("claim", "setting", "verdict", "effect", "low", "high", "test", "p", "p_holm", "p_paired", "n", "seeds_needed"),
+    *("detail", "source"),
 )
 
 
@@ -41,17 +43,36 @@ class CannotTell(Exception):
     """A cell that a statement needs cannot be judged; the message says which and why."""
 
 
+class NotTested(CannotTell):
+    """A cell that a statement needs was never trained; the message says which."""
+
+
 @dataclass(frozen=True)
 class Cell:
-    """The values of one cell, in percent, by seed."""
+    """One cell that has runs. Whether it can be judged shows when its values are asked for: all cells come first."""
 
     name: str
-    values: pd.Series
+    by_seed: pd.Series  # percent
+    problem: str = ""  # why it cannot be judged
+
+    @property
+    def values(self) -> pd.Series:
+        """The values in percent, by seed.
+
+        Raises:
+            CannotTell: the cell has a problem.
+        """
+        check_cells(self)
+        return self.by_seed
 
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison: the claim that `difference` (points) is above `threshold`, or below it."""
+    """One comparison: the claim that `difference` (points) is above `threshold`, or below it.
+
+    `p` is of this test alone, as is the interval; `p_holm`, where there is one, is corrected over the `family` and
+    decides.
+    """
 
     name: str
     difference: float
@@ -63,8 +84,29 @@ class Part:
     n: int
     support: float  # distance from the threshold, in points, above 0 on the claim's side
     sd: float  # of a cell over its seeds, or of paired differences
+    threshold: float = 0.0
     paired: bool = False
-    alpha: float = ALPHA  # below 0.05 in a family
+    family: str = ""  # "Holm over 5 batch sizes"
+    p_holm: float = math.nan
+    alpha: float = ALPHA  # below 0.05 in a family, for the number of seeds
+
+    @property
+    def deciding_p(self) -> float:
+        """The p that a verdict rests on."""
+        return self.p if math.isnan(self.p_holm) else self.p_holm
+
+    def is_shown(self) -> bool:
+        """Whether the difference is on the claim's side, beyond chance."""
+        return self.support > 0 and self.deciding_p < ALPHA
+
+    def is_refuted(self) -> bool:
+        """Whether it is on the other side, beyond chance."""
+        return self.support < 0 and self.deciding_p < ALPHA
+
+    def name_test(self) -> str:
+        """The test in words: "Welch against 1, Holm over 5 batch sizes"."""
+        against = f" against {self.threshold:+g}" if self.threshold else ""
+        return f"{self.test}{against}" + (f", {self.family}" if self.family else "")
 
     def count_seeds(self) -> float:
         """Seeds a cell with which such a difference would be seen with 80 % power; more than there are now."""
@@ -73,7 +115,8 @@ class Part:
     def tell(self) -> str:
         """The comparison in words and numbers."""
         numbers = f"{self.difference:+.2f} points [{self.low:+.2f}, {self.high:+.2f}]".replace("-", "−")
-        return f"{self.name}: {numbers}, p = {self.p:.2g}"
+        against = f" against {self.threshold:+g}".replace("-", "−") if self.threshold else ""
+        return f"{self.name}: {numbers}, {tell_p(self.p, self.p_holm, self.family, against)}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +130,7 @@ class Finding:
     high: float = math.nan
     test: str = ""
     p: float = math.nan
+    p_holm: float = math.nan
     p_paired: float = math.nan
     n: int = 0
     seeds_needed: float = math.nan
@@ -103,12 +147,20 @@ class Grid:
     def __post_init__(self) -> None:
         self.rows, _ = slice_axis(self.frame, "batch_size")
         self.per_update = count_norm_batches(self.rows)
+        if self.rows["norm_batch_size"].nunique() < 2:  # one point shows no number of workers for the others
+            self.per_update = 1.0
 
     def pick(self, norm: str) -> pd.DataFrame:
-        """The runs of a norm on the axis: of its variants, that with the most batch sizes."""
+        """The runs of a norm on the axis: of its variants, that with the most batch sizes.
+
+        Raises:
+            NotTested: there are none.
+        """
         rows = self.rows[self.rows["norm"] == norm]
         if rows.empty:
-            raise CannotTell(f"{label_norm(norm)} has no run")
+            workers = "" if self.per_update == 1 else f"{self.per_update:g} · "
+            where = f" with batch_size = {workers}norm_batch_size" if (self.frame["norm"] == norm).any() else ""
+            raise NotTested(f"{label_norm(norm)} has no run{where}")
         return rows[rows["label"] == rows.groupby("label", sort=False)["batch_size"].nunique().idxmax()]
 
     def sizes(self, norm: str) -> list[int]:
@@ -116,20 +168,26 @@ class Grid:
         return sorted((int(size / self.per_update) for size in self.pick(norm)["batch_size"].unique()), reverse=True)
 
     def cell(self, norm: str, size: int, measure: str = "test_error") -> Cell:
-        """The cell of a norm at a size of the axis."""
+        """The cell of a norm at a size of the axis.
+
+        Raises:
+            NotTested: it has no run.
+        """
         rows = self.pick(norm)
         batch_size = int(size * self.per_update)
         norm_batch_size = size if rows["norm_batch_size"].notna().any() else None
         name = name_cell(rows["label"].iloc[0], batch_size, norm_batch_size)
-        return make_cell(rows[rows["batch_size"] == batch_size], name, measure)
+        is_there = (rows["batch_size"] == batch_size) & (rows["norm_batch_size"].fillna(size) == size)
+        return make_cell(rows[is_there], name, measure)
 
 
 def claims(frame: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     """Every statement, judged for every setting of a frame as `table.load` returns it; the columns are `COLUMNS`.
 
-    `effect`, `low` and `high` are points of error with their 95 % interval (90 % for equivalence); `p` is corrected
-    after Holm where a family of batch sizes or groups is tested; `p_paired` is the exact test over pairs of seeds,
-    uncorrected; n is the smallest number of seeds in a cell.
+    `effect`, `low` and `high` are points of error with their 95 % interval (90 % for equivalence), `p` is of the same
+    test, and neither is corrected; `p_holm` is p after Holm where a family is tested, and then decides; `p_paired` is
+    the exact test over pairs of seeds, uncorrected; n is the smallest number of seeds in a cell. Statements that are
+    not tested come last.
 
     Args:
         margin: points that count as a change.
@@ -140,28 +198,37 @@ def claims(frame: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
         for statement, judge, source in STATEMENTS:
             row = {"claim": statement.format(margin=points), "setting": setting, "source": source}
             found.append({**row, **asdict(_judge(judge, grid, margin))})
+    found.sort(key=lambda row: row["verdict"] == NOT_TESTED)
     return pd.DataFrame(found, columns=list(COLUMNS))
 
 
 def make_cell(rows: pd.DataFrame, name: str, measure: str = "test_error") -> Cell:
-    """The values of a cell's runs.
+    """The cell of these runs; it cannot be judged where some are not finished, or there is only one seed.
 
     Raises:
-        CannotTell: there are none, or some are not finished, or there is only one seed.
+        NotTested: there are none.
     """
     if rows.empty:
-        raise CannotTell(f"{name} has no finished run")
-    for status in ("diverged", "failed"):
-        if (rows["status"] == status).any():
-            raise CannotTell(f"{name}: {(rows['status'] == status).sum()} of {len(rows)} runs {status}")
-    if (rows["status"] != "done").any():
-        raise CannotTell(f"{name}: {(rows['status'] != 'done').sum()} of {len(rows)} runs are not finished")
-    if rows["cell"].nunique() > 1:
-        raise CannotTell(f"{name} is {rows['cell'].nunique()} cells of different configurations")
+        raise NotTested(f"{name} has no run")
     values = values_by_seed(rows, measure)
-    if len(values) < 2:
-        raise CannotTell(f"{name} has {len(values)} seeds; 2 or more are needed")
-    return Cell(name, values)
+    return Cell(name, values, _find_problem(rows, name, len(values)))
+
+
+def check_cells(*cells: Cell) -> None:
+    """See that cells can be judged, all of which were trained.
+
+    Raises:
+        CannotTell: one of them cannot.
+    """
+    for cell in cells:
+        if cell.problem:
+            raise CannotTell(cell.problem)
+
+
+def tell_p(p: float, p_holm: float, family: str, against: str = "") -> str:
+    """p of a test, and after correction: "p = 0.02, Holm over 5 batch sizes: p = 0.1"."""
+    corrected = "" if math.isnan(p_holm) else f", {family}: p = {p_holm:.2g}"
+    return f"p = {p:.2g}{against}{corrected}"
 
 
 def compare(a: Cell, b: Cell, threshold: float = 0.0, below: bool = False) -> Part:
@@ -173,21 +240,24 @@ def compare(a: Cell, b: Cell, threshold: float = 0.0, below: bool = False) -> Pa
         difference=welch["difference"] + threshold,
         low=welch["low"] + threshold,
         high=welch["high"] + threshold,
-        test="Welch" if threshold == 0 else f"Welch against {threshold:g}",
+        test="Welch",
         p=welch["p"],
         p_paired=compare_paired(a.values - threshold, b.values)["p"],
         n=min(len(a.values), len(b.values)),
         support=side * welch["difference"],
         sd=math.sqrt((a.values.var() + b.values.var()) / 2),
+        threshold=threshold,
     )
 
 
 def decide(parts: Sequence[Part]) -> Finding:
     """All parts of a statement must hold; it does not hold when one of them, after Holm, is refuted."""
-    refuted = adjust_holm([part.p for part in parts])
-    if all(part.p < ALPHA and part.support > 0 for part in parts):
+    if len(parts) > 1:  # that all hold needs no correction; that any of several is refuted, does
+        corrected = _correct(parts, "comparisons")
+        parts = [other if part.support < 0 else part for part, other in zip(parts, corrected, strict=True)]
+    if all(part.is_shown() for part in parts):
         verdict = HOLDS
-    elif any(p < ALPHA and part.support < 0 for p, part in zip(refuted, parts, strict=True)):
+    elif any(part.is_refuted() for part in parts):
         verdict = FAILS
     else:
         verdict = OPEN
@@ -208,29 +278,33 @@ def decide_level(base: Cell, others: Sequence[Cell], margin: float) -> Finding:
     inside = [compare_equivalence(other.values, base.values, margin) for other in others]
     signs = [1 if test["difference"] >= 0 else -1 for test in inside]
     outside = [compare(other, base, sign * margin, sign < 0) for other, sign in zip(others, signs, strict=True)]
-    refuted = adjust_holm([part.p for part in outside])
+    outside = _correct(outside, "batch sizes")
     if all(test["p"] < ALPHA for test in inside):
         verdict = HOLDS
-    elif any(p < ALPHA and part.support > 0 for p, part in zip(refuted, outside, strict=True)):
+    elif any(part.is_shown() for part in outside):
         verdict = FAILS
     else:
         verdict = OPEN
-    worst = max(range(len(others)), key=lambda index: abs(inside[index]["difference"]))
-    shown = replace(
-        outside[worst],
-        low=inside[worst]["low"],
-        high=inside[worst]["high"],
-        test=f"{inside[worst]['test']}, 90 % interval",
-        p=max(test["p"] for test in inside),
-        p_paired=math.nan,
-    )
+    if verdict == FAILS:
+        shown = min((part for part in outside if part.is_shown()), key=lambda part: part.deciding_p)
+        return _report(verdict, shown, f"too far off is {shown.tell()}", lambda: math.nan)
+
+    weakest = max(range(len(others)), key=lambda index: inside[index]["p"])
+    test = inside[weakest]
+    level = {"low": test["low"], "high": test["high"], "test": f"{test['test']}, 90 % interval", "p": test["p"]}
+    shown = replace(outside[weakest], **level, threshold=0.0, family="", p_holm=math.nan, p_paired=math.nan)
+    told = f"the least certain to be level is {shown.tell()} ({test['test']})"
+    if verdict == OPEN:
+        beyond = min(part.deciding_p if part.support > 0 else 1.0 for part in outside)
+        family = f", {outside[0].family}" if outside[0].family else ""
+        told += f"; that one is further off: Welch against ±{margin:g}{family}, p = {beyond:.2g}"
 
     def count_seeds() -> float:
         still_open = [part for test, part in zip(inside, outside, strict=True) if test["p"] >= ALPHA]
-        level = max(seeds_needed_for_equivalence(part.difference, margin, part.sd) for part in still_open)
-        return max(shown.n + 1, min(level, outside[worst].count_seeds()))
+        inner = max(seeds_needed_for_equivalence(part.difference, margin, part.sd) for part in still_open)
+        return max(shown.n + 1, min(inner, outside[weakest].count_seeds()))
 
-    return _report(verdict, shown, f"the furthest is {shown.tell()}", count_seeds)
+    return _report(verdict, shown, told, count_seeds)
 
 
 def judge_bn_rise(grid: Grid, margin: float) -> Finding:
@@ -242,33 +316,30 @@ def judge_winner(winner: str, loser: str, size: int) -> Callable[[Grid, float], 
     """Whether `winner` has the lower error at `size`, corrected over all the sizes at which both norms were trained."""
 
     def judge(grid: Grid, _: float) -> Finding:
-        grid.cell(loser, size), grid.cell(winner, size)
+        check_cells(grid.cell(loser, size), grid.cell(winner, size))
         return decide([compare_family(grid, loser, winner)[size]])
 
     return judge
 
 
 def compare_family(grid: Grid, a: str, b: str) -> dict[int, Part]:
-    """a - b at every size at which both can be judged, p corrected after Holm."""
+    """a - b at every size at which both can be judged, corrected after Holm."""
     parts = {}
     for size in grid.sizes(a):
         try:
             parts[size] = compare(grid.cell(a, size), grid.cell(b, size))
         except CannotTell:
             continue
-    adjusted = adjust_holm([part.p for part in parts.values()])
-    family = {"test": "Welch, Holm", "alpha": ALPHA / max(1, len(parts))}
-    return {size: replace(parts[size], p=p, **family) for size, p in zip(parts, adjusted, strict=True)}
+    return dict(zip(parts, _correct(list(parts.values()), "batch sizes"), strict=True))
 
 
 def judge_crossover(grid: Grid, _: float) -> Finding:
     """BN ahead at some size and GN at a smaller one, both after Holm."""
-    for norm in ("bn", "gn"):
-        for size in (LARGE, SMALL, *grid.sizes(norm)):
-            grid.cell("bn", size), grid.cell("gn", size)
+    sizes = dict.fromkeys((LARGE, SMALL, *grid.sizes("bn"), *grid.sizes("gn")))
+    check_cells(*(grid.cell(norm, size) for size in sizes for norm in ("bn", "gn")))
     parts = compare_family(grid, "gn", "bn")
-    bn_ahead = [size for size, part in parts.items() if part.p < ALPHA and part.support > 0]
-    gn_ahead = [size for size, part in parts.items() if part.p < ALPHA and part.support < 0]
+    bn_ahead = [size for size, part in parts.items() if part.is_shown()]
+    gn_ahead = [size for size, part in parts.items() if part.is_refuted()]
     between = [
         f"{low} and {high}"
         for high, low in zip(parts, list(parts)[1:], strict=False)
@@ -284,7 +355,7 @@ def judge_crossover(grid: Grid, _: float) -> Finding:
         verdict, detail = FAILS, f"{means}; {ends}"
     else:
         verdict, detail = OPEN, f"{means}; {ends}"
-    weakest = max((largest, smallest), key=lambda part: part.p)
+    weakest = max((largest, smallest), key=lambda part: (part.deciding_p, part.p))
     ends = [largest, replace(smallest, support=-smallest.support)]
     return _report(verdict, weakest, detail, lambda: _count_seeds(ends))
 
@@ -304,13 +375,20 @@ def judge_between(grid: Grid, _: float) -> Finding:
 
 def judge_groups(grid: Grid, _: float) -> Finding:
     """The best grouping against both extremes, corrected over the groupings tried."""
-    rows = grid.frame[grid.frame["batch_size"] == find_groups(grid.frame)]
+    size = find_groups(grid.frame)
+    if size is None:
+        raise NotTested("GN was not trained with different groups")
+    rows = grid.frame[grid.frame["batch_size"] == size]
     gn = rows[rows["norm"] == "gn"]
-    one_group = _choose_extreme(gn[gn["num_groups"] == 1], rows[rows["norm"] == "ln"], "one group")
-    one_channel = _choose_extreme(gn[gn["channels_per_group"] == 1], rows[rows["norm"] == "in"], "one channel a group")
+    one_group = _choose_extreme(
+        gn[gn["num_groups"] == 1], rows[rows["norm"] == "ln"], f"one group at batch size {size}"
+    )
+    one_channel = _choose_extreme(
+        gn[gn["channels_per_group"] == 1], rows[rows["norm"] == "in"], f"one channel a group at batch size {size}"
+    )
     middle = gn[(gn["num_groups"] > 1).fillna(False) | (gn["channels_per_group"] > 1).fillna(False)]
     if middle.empty:
-        raise CannotTell("GN was not trained with different groups")
+        raise NotTested("GN was not trained between one group and one channel a group")
     tried = [make_cell(own, name_cell(label, own["batch_size"].iloc[0])) for label, own in middle.groupby("label")]
     return decide_groups(tried, one_group, one_channel)
 
@@ -320,25 +398,26 @@ def decide_groups(tried: Sequence[Cell], one_group: Cell, one_channel: Cell) -> 
     pairs = [(compare(one_group, cell), compare(one_channel, cell)) for cell in tried]
     wins = adjust_holm([_combine(pair) for pair in pairs])
     losses = [min(2 * part.p if part.support < 0 else 1 for part in pair) for pair in pairs]
-    best = min(range(len(tried)), key=lambda index: tried[index].values.mean())
     if min(wins) < ALPHA:
-        verdict = HOLDS
-        best = int(np.argmin(wins))
+        verdict, index = HOLDS, int(np.argmin(wins))
+    elif max(losses) < ALPHA:
+        verdict, index = FAILS, int(np.argmax(losses))
     else:
-        verdict = FAILS if all(loss < ALPHA for loss in losses) else OPEN
-    family = {"test": "Welch, Holm", "alpha": ALPHA / len(tried)}
-    parts = [replace(part, **family) for part in pairs[best]]
-    shown = replace(_choose_part(parts, verdict), p=max(losses) if verdict == FAILS else wins[best])
-    told = "; ".join(part.tell() for part in parts)
-    told = f"{told}; corrected over {len(tried)} groupings, p = {shown.p:.2g}"
-    return _report(verdict, shown, told, lambda: _count_seeds(parts))
+        verdict, index = OPEN, min(range(len(tried)), key=lambda index: tried[index].values.mean())
+    family, p = f"Holm over {count_noun(len(tried), 'grouping')}", wins[index]
+    if verdict == FAILS:
+        family, p = "Holm over 2 extremes", losses[index]
+    parts = [replace(part, p_holm=p, family=family, alpha=ALPHA / len(tried)) for part in pairs[index]]
+    told = "; ".join(part.tell() for part in pairs[index])
+    told = f"{told}; {family}: p = {p:.2g}"
+    return _report(verdict, _choose_part(parts, verdict), told, lambda: _count_seeds(parts))
 
 
 def judge_norm_batch(grid: Grid, margin: float) -> Finding:
     """BN: the normalization batch alone raises the error, and the SGD batch alone does not."""
     rows, _ = slice_axis(grid.frame[grid.frame["norm"] == "bn"], "norm_batch_size")
-    if rows["batch_size"].nunique() != 1:
-        raise CannotTell("BN was not trained at one batch size with different norm_batch_size")
+    if rows["batch_size"].nunique() != 1 or rows["norm_batch_size"].nunique() < 2:
+        raise NotTested("BN was not trained at one batch size with different norm_batch_size")
     large = int(rows["batch_size"].iloc[0])
     whole = _find_bn(grid, large, large)
     split = _find_bn(grid, large, SMALL)
@@ -349,7 +428,8 @@ def judge_norm_batch(grid: Grid, margin: float) -> Finding:
 def judge_precise(grid: Grid, _: float) -> Finding:
     """BN at 2: the error with running averages against that with precise statistics, of the same weights."""
     if "test_error_precise" not in grid.frame:
-        raise CannotTell("the records hold no errors by statistics")
+        check_cells(grid.cell("bn", SMALL))
+        raise NotTested("the records hold no errors by statistics")
     averages = grid.cell("bn", SMALL, "test_error_ema")
     precise = grid.cell("bn", SMALL, "test_error_precise")
     test = compare_paired_t(averages.values, precise.values)
@@ -404,6 +484,8 @@ STATEMENTS = (  # statement, its test, where it is made
 def _judge(judge: Callable[[Grid, float], Finding], grid: Grid, margin: float) -> Finding:
     try:
         return judge(grid, margin)
+    except NotTested as reason:
+        return Finding(NOT_TESTED, str(reason))
     except CannotTell as reason:
         return Finding(OPEN, str(reason))
 
@@ -424,8 +506,9 @@ def _report(verdict: str, part: Part, told: str, count_seeds: Callable[[], float
         effect=part.difference,
         low=part.low,
         high=part.high,
-        test=part.test,
+        test=part.name_test(),
         p=part.p,
+        p_holm=part.p_holm,
         p_paired=part.p_paired,
         n=part.n,
         seeds_needed=seeds if seeds <= MOST_SEEDS else math.nan,
@@ -436,12 +519,33 @@ def _choose_part(parts: Sequence[Part], verdict: str) -> Part:
     """The part on which a verdict hangs: the weakest, or the one that refutes most clearly."""
     if verdict == FAILS:
         return min((part for part in parts if part.support < 0), key=lambda part: part.p)
-    return max(parts, key=lambda part: part.p if part.support > 0 else 1 + part.p)
+    return max(parts, key=lambda part: (part.support <= 0, part.deciding_p, part.p))
 
 
 def _count_seeds(parts: Sequence[Part]) -> float:
     """Seeds with which all the parts that are open now would be told."""
-    return max((part.count_seeds() for part in parts if part.p >= part.alpha or part.support < 0), default=math.inf)
+    return max((part.count_seeds() for part in parts if not part.is_shown()), default=math.inf)
+
+
+def _correct(parts: Sequence[Part], what: str) -> list[Part]:
+    """The parts as one family, each of which may decide by itself; one part is none."""
+    if len(parts) < 2:
+        return list(parts)
+    family = {"family": f"Holm over {len(parts)} {what}", "alpha": ALPHA / len(parts)}
+    adjusted = adjust_holm([part.deciding_p for part in parts])
+    return [replace(part, p_holm=p, **family) for part, p in zip(parts, adjusted, strict=True)]
+
+
+def _find_problem(rows: pd.DataFrame, name: str, num_seeds: int) -> str:
+    """Why a cell cannot be judged, or nothing."""
+    for status in ("diverged", "failed"):
+        if (rows["status"] == status).any():
+            return f"{name}: {(rows['status'] == status).sum()} of {count_noun(len(rows), 'run')} {status}"
+    if (rows["status"] != "done").any():
+        return f"{name}: {(rows['status'] != 'done').sum()} of {count_noun(len(rows), 'run')} not finished"
+    if rows["cell"].nunique() > 1:
+        return f"{name} is {rows['cell'].nunique()} cells of different configurations"
+    return f"{name} has {count_noun(num_seeds, 'seed')}; 2 or more are needed" if num_seeds < 2 else ""
 
 
 def _combine(parts: Sequence[Part]) -> float:
@@ -452,7 +556,7 @@ def _combine(parts: Sequence[Part]) -> float:
 def _choose_extreme(as_gn: pd.DataFrame, as_norm: pd.DataFrame, words: str) -> Cell:
     rows = as_gn if len(as_gn) else as_norm
     if rows.empty:
-        raise CannotTell(f"{words} has no finished run")
+        raise NotTested(f"{words} has no run")
     return make_cell(rows, f"{words} ({rows['label'].iloc[0]})")
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from gnbench.analysis import figures, table
-from gnbench.analysis.statistics import summarize
+from gnbench.analysis.statistics import count_noun, summarize
 
 COLUMNS = (  # of cost.csv
     *("norm", "variant", "setting", "label", "batch_size", "norm_batch_size", "num_groups", "channels_per_group"),
@@ -100,16 +100,15 @@ def list_facts(costs: pd.DataFrame) -> list[tuple[str, str]]:
         (
             "Cost: how",
             "; ".join(
-                f"{row.cost_rounds:g} rounds, in each of which BN and the norm take turns, {row.cost_round_s:g} s of "
-                "steps and of inference each"
+                f"{count_noun(int(row.cost_rounds), 'round')} in which BN and the norm take turns, "
+                f"{row.cost_round_s:g} s of steps and of inference each"
                 for row in rounds.itertuples()
             ),
         ),
         (
             "Cost: machines",
             "; ".join(
-                f"{row.device} · {row.processor} · torch {row.torch}, {row.num_threads} thread"
-                + ("" if row.num_threads == "1" else "s")
+                f"{row.device} · {row.processor} · torch {row.torch}, {count_noun(row.num_threads, 'thread')}"
                 for row in machines.itertuples()
             ),
         ),

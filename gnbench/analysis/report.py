@@ -43,6 +43,7 @@ RUN_COLUMNS = {
     "train_error": "training error (%)",
     "time_s": "time (s)",
     "device": "device",
+    "engine_used": "engine",
     "cause": "cause",
 }
 NORM_COLUMNS = {
@@ -53,6 +54,11 @@ NORM_COLUMNS = {
     "num_parameters": "of the model",
     "source": "source",
 }
+TOGETHER = "as one network"  # in the engine of a run that was not trained by itself
+TIME_NOTE = (
+    "Where several seeds were trained as one network (the engine of a run says so), each one's time is that of the "
+    "whole process and its images/s are its own share: the process trained as many times more as it had seeds."
+)
 DECIMALS = {"time_s": 0, "images_per_s": 0, "peak_memory_mb": 0}
 
 
@@ -161,18 +167,10 @@ def write_report(
     Raises:
         UserError: a directory holds no records, or `out` cannot be written.
     """
-    from gnbench.analysis import claims, cost, figures, layers, statistics, table
+    from gnbench.analysis import cost, figures, table
 
     frame, costs, curves_frame = table.load(*directories), cost.load(*directories), table.curves(*directories)
-    tables = {
-        "runs": frame,
-        "summary": statistics.summarize(frame),
-        "groups": tabulate_groups(frame),
-        "claims": claims.claims(frame, margin),
-        "cost": costs.reindex(columns=cost.COLUMNS),
-    }
-    if layers.has_layers(curves_frame):
-        tables["diagnostics"] = layers.tabulate(curves_frame)
+    tables = make_tables(frame, costs, curves_frame, margin)
     written = []
     for name, content in tables.items():
         if len(content):
@@ -188,6 +186,24 @@ def write_report(
     written.append(out / "report.html")
     write_atomic(written[-1], render_page(frame, costs, tables, images, refresh_s).encode())
     return written, headline(frame) if len(frame) else cost.headline(costs)
+
+
+def make_tables(
+    frame: "pd.DataFrame", costs: "pd.DataFrame", curves_frame: "pd.DataFrame", margin: float = 1.0
+) -> dict[str, "pd.DataFrame"]:
+    """{file name: table} of all CSV files; one without rows is not written. docs/report.md tells their columns."""
+    from gnbench.analysis import claims, cost, layers, statistics
+
+    tables = {
+        "runs": frame,
+        "summary": statistics.summarize(frame),
+        "groups": tabulate_groups(frame),
+        "claims": claims.claims(frame, margin),
+        "cost": costs.reindex(columns=cost.COLUMNS),
+    }
+    if layers.has_layers(curves_frame):
+        tables["diagnostics"] = layers.tabulate(curves_frame)
+    return tables
 
 
 def draw_figures(
@@ -276,16 +292,18 @@ def headline(frame: "pd.DataFrame") -> str:
     words = x.replace("_", " ")
     if len(sizes) < 2:
         return _headline_of_one_size(summary, f"{words} {sizes[0]}" if sizes else "every batch size")
-    clauses, cells = [], []
+    clauses, cells, has_interval = [], [], False
     for label in summary["label"].unique():
         rows = summary[summary["label"] == label]
         subject = f"{label}'s" if cells else f"{label}'s test error"
         clause, used = _tell_change((label, subject), rows, kept, x, (sizes[0], sizes[-1]))
         clauses.append(clause)
         cells += used
+        has_interval |= len(used) == 2 and min(cell["n"] for cell in used) > 1
     if len(clauses) > MOST_CLAUSES:
         clauses[MOST_CLAUSES:] = [f"{len(clauses) - MOST_CLAUSES} more in the table"]
-    return f"From {words} {sizes[0]} to {sizes[-1]}, {'; '.join(clauses)}{_tell_seeds(cells)}."
+    intervals = ", 95 % intervals in brackets" if has_interval else ""
+    return f"From {words} {sizes[0]} to {sizes[-1]}, {'; '.join(clauses)}{_tell_seeds(cells)}{intervals}."
 
 
 def render_page(
@@ -304,6 +322,7 @@ def render_page(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     unfinished = frame[frame["status"] != "done"]
+    claims = _format_claims(tables["claims"])
     facts = (list_facts(frame) if len(frame) else []) + (cost.list_facts(costs) if len(costs) else [])
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         refresh=REFRESH.format(refresh_s) if refresh_s else "",
@@ -312,11 +331,14 @@ def render_page(
         gaps=statistics.name_gaps(frame) + cost.name_gaps(costs),
         images=images,
         summary=_format_summary(tables["summary"]),
-        claims=_format_claims(tables["claims"]),
+        claims=claims,
         costs=_format(cost.tabulate_page(costs), cost.PAGE_COLUMNS),
         norms=_format(tabulate_norms(frame if len(frame) else costs), NORM_COLUMNS),
         unfinished=_format(unfinished, {"run": "run", "status": "status", "cause": "cause"}),
         runs=_format(frame, RUN_COLUMNS),
+        num_runs=statistics.count_noun(len(frame), "run"),
+        num_not_tested=statistics.count_noun(sum(not row["is_tested"] for row in claims), "statement"),
+        time_note=TIME_NOTE if frame["engine_used"].astype("string").str.contains(TOGETHER).any() else "",
     )
 
 
@@ -329,9 +351,9 @@ def list_facts(frame: "pd.DataFrame") -> list[tuple[str, str]]:
     counts = ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts(sort=False).items())
     torch = "torch " + readable["torch"].astype("string")
     machines = readable.assign(torch=torch)[["device", "processor", "torch"]].drop_duplicates()
-    settings = [setting for setting in readable["setting"].unique() if setting]
+    settings = [setting or "unmarked" for setting in readable["setting"].unique()]
     tuned = [key for key in table.TUNED if key in readable and readable[key].nunique() > 1]
-    mixed = f"{len(settings)} configurations, drawn apart: {'; '.join(settings)}" if settings else "the same for all"
+    mixed = f"{len(settings)} configurations, drawn apart: {'; '.join(settings)}"
     facts = [
         ("Runs", f"{len(frame)}: {counts}"),
         ("Seeds a cell", _span(summary["n"])),
@@ -339,7 +361,7 @@ def list_facts(frame: "pd.DataFrame") -> list[tuple[str, str]]:
         ("Data", _names(readable["data"])),
         ("Training images", _names(readable["train_size"].dropna()) or "all"),
         ("Epochs", _names(readable["epochs"])),
-        ("Configuration besides norm, batch size and seed", mixed),
+        ("Configuration besides norm, batch size and seed", mixed if len(settings) > 1 else "the same for all"),
         ("Tuned by norm or batch size", "; ".join(f"{key}: {_names(readable[key])}" for key in tuned)),
         ("Norms", "; ".join(_describe_norms(readable))),
         (
@@ -368,7 +390,10 @@ def _encode(path: Path) -> str:
 
 
 def _tell_change(name: tuple, cells: "pd.DataFrame", frame: "pd.DataFrame", x: str, ends: tuple) -> tuple[str, list]:
-    """("BN's test error rises by 11.0 points (23.5 to 34.5 %)", the cells it rests on), or why it cannot be said."""
+    """("BN's test error rises by 11.0 points [10.3, 11.7] (23.5 to 34.5 %)", its cells), or why it cannot be said.
+
+    The interval is that of the rise, or of the fall: where it goes below 0, the other is not excluded.
+    """
     from gnbench.analysis import statistics
 
     label, subject = name
@@ -388,13 +413,17 @@ def _tell_change(name: tuple, cells: "pd.DataFrame", frame: "pd.DataFrame", x: s
         used.append(found.iloc[0])
     before, after = (statistics.values_by_seed(frame[frame["cell"] == cell["cell"]]) for cell in used)
     change = statistics.compare_welch(after, before)
-    noise = ", within the noise" if change["p"] >= statistics.ALPHA else ""
     decimals = _find_decimals(used[0]["mean"], used[1]["mean"])
-    values = f"({used[0]['mean']:.{decimals}f} to {used[1]['mean']:.{decimals}f} %{noise})"
-    if round(change["difference"], decimals) == 0:
-        return f"{subject} changes by less than {10**-decimals:g} points {values}", used
-    verb = "rises" if change["difference"] > 0 else "falls"
-    return f"{subject} {verb} by {abs(change['difference']):.{decimals}f} points {values}", used
+    values = f"({used[0]['mean']:.{decimals}f} to {used[1]['mean']:.{decimals}f} %)"
+    is_seen = round(change["difference"], decimals) != 0
+    sign = -1 if is_seen and change["difference"] < 0 else 1
+    ends = sorted(sign * change[key] for key in ("low", "high"))
+    low, high = (f"{round(end, decimals) + 0.0:.{decimals}f}" for end in ends)  # + 0.0: no -0.0
+    interval = "" if math.isnan(change["low"]) else f" [{low}, {high}]"
+    if not is_seen:
+        return f"{subject} changes by less than {10**-decimals:g} points{interval} {values}", used
+    verb = "rises" if sign > 0 else "falls"
+    return f"{subject} {verb} by {abs(change['difference']):.{decimals}f} points{interval} {values}", used
 
 
 def _find_decimals(before: float, after: float) -> int:
@@ -405,18 +434,22 @@ def _find_decimals(before: float, after: float) -> int:
 
 def _find_problem(cell: "pd.Series", place: str) -> str:
     """Why a cell's mean must not stand in a headline, or nothing."""
-    lost = [f"{cell[status]} {status}" for status in ("diverged", "failed") if cell[status]]
+    from gnbench.analysis import statistics
+
+    lost = [statistics.count_noun(cell[status], f"{status} run") for status in statistics.BY_STATUS if cell[status]]
     if lost:
-        return f"cannot be told, having {' and '.join(lost)} runs at {place}"
+        return f"cannot be told, having {' and '.join(lost)} at {place}"
     return f"has no finished run at {place}" if not cell["n"] else ""
 
 
 def _tell_seeds(cells: Sequence["pd.Series"]) -> str:
+    from gnbench.analysis import statistics
+
     counts = [cell["n"] for cell in cells]
     if not counts:
         return ""
-    alone = max(counts) == 1
-    return f"; n = {_span(counts)} seed{'' if alone else 's'} a cell{', too few for an interval' if alone else ''}"
+    few = ", too few for an interval" if max(counts) == 1 else ""
+    return f"; n = {statistics.count_noun(_span(counts), 'seed')} a cell{few}"
 
 
 def _format_summary(summary: "pd.DataFrame") -> list[list[str]]:
@@ -429,10 +462,13 @@ def _format_summary(summary: "pd.DataFrame") -> list[list[str]]:
 
 def _format_claims(claims: "pd.DataFrame") -> list[dict]:
     """One dict a statement, for the page."""
+    from gnbench.analysis.claims import NOT_TESTED
+
     return [
         {
             **{key: row[key] for key in ("claim", "setting", "verdict", "detail", "source")},
             "test": f"{row['test']}, n = {row['n']}" if row["test"] else "",
+            "is_tested": row["verdict"] != NOT_TESTED,
         }
         for row in claims.to_dict("records")
     ]
@@ -462,7 +498,9 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def _names(values: "pd.Series") -> str:
-    return ", ".join(str(value) for value in values.unique() if _is_told(value))
+    from gnbench.analysis import table
+
+    return ", ".join(table.write_value(value) for value in values.unique() if _is_told(value))
 
 
 def _describe_norm(norm: str, row: "pd.Series") -> dict[str, str]:
@@ -478,15 +516,25 @@ def _describe_norm(norm: str, row: "pd.Series") -> dict[str, str]:
 
 
 def _describe_norms(frame: "pd.DataFrame") -> list[str]:
+    from gnbench.analysis import table
+
     keys = ["num_groups", "channels_per_group", *(key for key in frame if key.startswith("norm.") and key[5] != "_")]
     rows = frame.drop_duplicates("label")[["label", *keys]].to_dict("records")
-    params = [[f"{key.removeprefix('norm.')} = {row[key]}" for key in keys if _is_told(row[key])] for row in rows]
+    params = [
+        [f"{key.removeprefix('norm.')} = {table.write_value(row[key])}" for key in keys if _is_told(row[key])]
+        for row in rows
+    ]
     return [f"{row['label']}: {', '.join(own)}" if own else row["label"] for row, own in zip(rows, params, strict=True)]
 
 
 def _describe_test_error(frame: "pd.DataFrame") -> str:
-    values = _names(frame["report_epochs"]) if "report_epochs" in frame else ""
-    return f"of a run, the median over its last {values} epochs".replace("  ", " ")
+    if "report_epochs" not in frame:
+        return "of a run, the median over its last epochs"
+    done = frame[frame["status"] == "done"]
+    counts = sorted(done[["report_epochs", "epochs_done"]].min(axis="columns").dropna().astype(int).unique())
+    if counts == [1]:
+        return "of the last epoch"
+    return f"of a run, the median over its last {' or '.join(map(str, counts))} epochs".replace("  ", " ")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ NOT_TYPED = ("tuning", "norm.source", "norm.weight.source", "results")  # what a
 NOT_CONFIG = (  # columns that do not say what was asked for
     *("variant", "setting", "label", "status", "cause", "cell", "sweep", "run", "directory", "tuned", "results"),
     *("epochs_done", "num_parameters", "images_per_s", "peak_memory_mb", "norm_format", "bn_format"),
-    *("threads", "measured_on"),
+    *("threads", "measured_on", "engine_used"),
 )
 WATCH_S = 2.0  # between two looks of --watch
 NEVER = 1000  # changes of a file that is not to be chosen

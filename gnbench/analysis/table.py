@@ -52,7 +52,7 @@ MEASURED = (
 COLUMNS = (
     *("norm", "variant", "setting", "label", "batch_size", "norm_batch_size", "num_groups", "channels_per_group"),
     *("seed", "model", "data", "train_size", "epochs", "base_lr", "status", "cause", *MEASURED),
-    *("epochs_done", "num_parameters", "device", "processor", "torch", "sweep", "run", "cell"),
+    *("epochs_done", "num_parameters", "device", "processor", "torch", "engine_used", "sweep", "run", "cell"),
 )
 CURVES = ("train_loss", "train_error", "test_loss", "test_error", "val_error")  # of every epoch
 SPREAD = ("step_ms", "step_ratio", "inference_ms", "inference_ratio", "bn_step_ms", "bn_inference_ms")
@@ -219,13 +219,21 @@ def identify_norms(frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
     """
     keys = ["norm", "model", *columns]
     rows = frame.reindex(columns=keys).to_dict("records")
-    return pd.Series([json.dumps([_text(row[key]) for key in keys]) for row in rows], index=frame.index, dtype=object)
+    texts = [json.dumps([write_value(row[key]) for key in keys]) for row in rows]
+    return pd.Series(texts, index=frame.index, dtype=object)
 
 
 def norm_columns(*frames: pd.DataFrame) -> list[str]:
     """The columns of frames that are a norm's parameters, but for its normalization batch size."""
     own = {key for frame in frames for key in frame if key.startswith("norm.")}
     return ["num_groups", "channels_per_group", *sorted(own)]
+
+
+def write_value(value: object) -> str:
+    """A config value as text: the same for 8 and 8.0, which a frame does not keep apart, and nothing for no value."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _read_directory(directory: Path | str) -> list[dict]:
@@ -277,6 +285,7 @@ def _flatten_record(record: dict) -> dict:
         "device": environment.get("device", config.get("device")),
         "processor": environment.get("processor"),
         "torch": environment.get("torch"),
+        "engine_used": environment.get("engine"),
         "history": history,
     }
 
@@ -382,13 +391,13 @@ def _setting_keys(frame: pd.DataFrame) -> list[str]:
     measured = (*COLUMNS, *COSTS, "norm_format", "bn_format", "measure", "history")
     others = sorted(key for key in frame if key not in measured and not key.startswith(("norm.", "test_error_")))
     of_batch = frame[frame["norm_batch_size"].notna()]  # other norms' runs have a default here that says nothing
-    alike = [key for key in OF_STATISTICS if key in frame and of_batch[key].map(_text).nunique() == 1]
+    alike = [key for key in OF_STATISTICS if key in frame and of_batch[key].map(write_value).nunique() == 1]
     left_out = (*TUNED, *alike)
     kept = _distinguish(frame, [key for key in (*first, *others) if not _is_how(key) and key not in left_out])
-    texts = {key: frame[key].map(_text) for key in kept}
+    texts = {key: frame[key].map(write_value) for key in kept}
     points = frame.assign(**texts).groupby(["variant", *AXES, *kept], dropna=False)
     for key in TUNED:
-        if key in frame and any(rows[key].map(_text).nunique() > 1 for _, rows in points):
+        if key in frame and any(rows[key].map(write_value).nunique() > 1 for _, rows in points):
             kept.append(key)
     return kept
 
@@ -397,7 +406,7 @@ def _distinguish(frame: pd.DataFrame, keys: list[str]) -> list[str]:
     """The keys needed to tell the frame's configs apart; one that only repeats what earlier ones say is left out."""
     kept, parts = [], 1
     for key in keys:
-        count = len(frame[[*kept, key]].map(_text).drop_duplicates())
+        count = len(frame[[*kept, key]].map(write_value).drop_duplicates())
         if count > parts:
             kept, parts = [*kept, key], count
     return kept
@@ -406,7 +415,7 @@ def _distinguish(frame: pd.DataFrame, keys: list[str]) -> list[str]:
 def _describe(frame: pd.DataFrame, keys: list[str], short: dict) -> list[str]:
     """One text a row, like "num_groups=8, eps=1e-05"; a key without a value is not told."""
     return [
-        ", ".join(f"{short.get(key, key)}={_text(row[key])}" for key in keys if _text(row[key]))
+        ", ".join(f"{short.get(key, key)}={write_value(row[key])}" for key in keys if write_value(row[key]))
         for row in frame.to_dict("records")
     ]
 
@@ -414,13 +423,6 @@ def _describe(frame: pd.DataFrame, keys: list[str], short: dict) -> list[str]:
 def _is_kind(name: str, data: str) -> bool:
     """Whether a data set is a kind of another: cifar10-jpeg of cifar10, but not cifar100."""
     return name == data or name.startswith((f"{data}-", f"{data}_"))
-
-
-def _text(value: object) -> str:
-    """A config value as text: the same for 8 and 8.0, which a frame does not keep apart, and nothing for no value."""
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _arrange(frame: pd.DataFrame) -> pd.DataFrame:
