@@ -208,7 +208,7 @@ def test_p_and_interval_agree_in_every_row(tmp_path):
         against = re.search(r"against ([+-]\d)", row["test"])
         threshold = float(against[1]) if against else 0
         if row["test"].startswith("TOST"):
-            is_seen = -1 < row["low"] and row["high"] < 1
+            is_seen = row["low"] > -1 and row["high"] < 1
         else:
             is_seen = not row["low"] <= threshold <= row["high"]
         assert is_seen == (row["p"] < 0.05), row

@@ -12,13 +12,16 @@ import sys
 import pytest
 from conftest import ROOT, environment, tiny_config
 from omegaconf import OmegaConf
+from synthetic import write_run
 
+from gnbench.analysis.claims import FAILS, HOLDS, NOT_TESTED, OPEN
 from gnbench.plan import plan_run
-from gnbench.record import STATUSES, load_record
+from gnbench.record import STATUSES, load_record, save_record
 
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))])
 PUBLISHED = ROOT / "results" / "batch_size-cifar10-jpeg-resnet8"
+VERDICTS = (HOLDS, FAILS, OPEN, NOT_TESTED)
 COMMANDS = f"""
 python() {{ {sys.executable} "$@"; }}
 gnbench() {{ python -m gnbench "$@"; }}
@@ -78,6 +81,45 @@ def test_every_field_of_a_record_is_told_and_every_field_told_is_there(records):
         }
         present |= {f"cost.rounds.{key}" for row in record.get("cost", {}).get("rounds", ()) for key in row}
     assert documented_keys() == present
+
+
+@pytest.fixture(scope="module")
+def tables(records, tmp_path_factory):
+    """{file: its columns} of a report on those runs, and on made-up ones of GN with two groupings."""
+    from gnbench.analysis import cost, report, table
+
+    directory = tmp_path_factory.mktemp("columns")
+    for record in records:
+        save_record(directory / record["run"] / "record.json", record)
+    for num_groups in (2, 4):
+        write_run(directory, "gn", 8, norm_keys={"num_groups": num_groups}, test_error=20)
+    frames = table.load(directory), cost.load(directory), table.curves(directory)
+    found = {name: content for name, content in report.make_tables(*frames).items() if len(content)}
+    assert set(found) == {"runs", "summary", "groups", "claims", "cost", "diagnostics"}
+    return found
+
+
+def test_every_column_of_a_table_is_told_and_every_column_told_is_there(tables):
+    from gnbench.analysis import table
+
+    page = sections((DOCS / "report.md").read_text(encoding="utf-8"))
+    keys = set(re.findall(r"`([^`]+)`", (DOCS / "config.md").read_text(encoding="utf-8")))
+    told = {name: set(re.findall(r"`([^`]+)`", page[f"{name}.csv"])) for name in tables}
+    told["runs"] |= {*table.IDENTITY, "cell"}  # told with summary.csv, as it says
+    told["cost"] |= told["runs"]
+    for name, content in tables.items():
+        others = {key for key in set(content) - told[name] if not re.search(r"^norm\.|\._target_$", key)}
+        assert others <= (keys if name == "runs" else set()), name
+        cells = [line.split("|")[1] for line in page[f"{name}.csv"].splitlines() if line.startswith("| `")]
+        named = {key for cell in cells for key in re.findall(r"`([^`]+)`", cell)} - set(VERDICTS)
+        assert named <= set(content), name
+    assert set(tables["diagnostics"]["quantity"]) - {"norm_gradient.bias"} <= told["diagnostics"]
+
+
+def test_every_verdict_is_told():
+    page = (DOCS / "report.md").read_text(encoding="utf-8")
+    rows = page.partition("| verdict | when |")[2].partition("\n\n")[0]
+    assert tuple(re.findall(r"^\| `([a-z ]+)` \|", rows, re.MULTILINE)) == VERDICTS
 
 
 def test_every_status_is_told():
