@@ -1,13 +1,16 @@
 """Figures are tested by what they draw: positions, values, labels and notes; and by giving the same bytes twice."""
 
+import colorsys
 import subprocess
 import sys
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from synthetic import PAPER, write_run, write_sweep
+from matplotlib.markers import CARETDOWN, CARETUP
+from synthetic import PAPER, make_history, write_run, write_sweep
 
 import gnbench
 from gnbench.analysis import figures, statistics, table
@@ -25,6 +28,17 @@ def frame(sweep):
 
 def lines_with_bars(ax):
     return {container.lines[0].get_color(): container for container in ax.containers}
+
+
+def find_dots(ax):
+    """The lines of seeds."""
+    return [line for line in ax.lines if line.get_markersize() == 3]
+
+
+def find_marks(ax, marker):
+    """{(x, rounded in octaves, y)} of the points that have this marker and no line."""
+    marks = [line for line in ax.lines if line.get_marker() == marker and line.get_linestyle() == "None"]
+    return {(round(float(np.log2(x))), y) for line in marks for x, y in zip(*line.get_data(), strict=True)}
 
 
 def legend(ax):
@@ -56,7 +70,7 @@ def test_error_vs_batch_size_draws_every_mean_interval_and_seed(frame):
         )
         ends = np.array([segment[:, 1] for segment in collection.get_segments()])
         assert ends == pytest.approx(cells[["low", "high"]].to_numpy())
-    dots = [value for line in ax.lines if line.get_markersize() == 2.5 for value in line.get_ydata()]
+    dots = [value for line in find_dots(ax) for value in line.get_ydata()]
     assert sorted(dots) == pytest.approx(sorted(frame["test_error"]))
 
 
@@ -145,7 +159,7 @@ def test_norms_without_norm_batches_are_level_over_the_norm_batch_axis(tmp_path)
     assert max(level[0].get_xdata()) > 32
     assert "batch size 32" in note(ax)
     gn = figures.style_norm("gn").color
-    dots = [line.get_ydata() for line in ax.lines if line.get_color() == gn and line.get_markersize() == 2.5]
+    dots = [line.get_ydata() for line in find_dots(ax) if line.get_color() == gn]
     assert sorted(dots[0]) == [24.0, 24.1, 24.2]
 
 
@@ -166,6 +180,58 @@ def test_the_axis_ends_where_errors_do(tmp_path):
     assert figures.error_vs_batch_size(table.load(tmp_path)).get_ylim() == (0, 100)
 
 
+def test_an_interval_that_the_axis_cuts_ends_in_an_arrowhead_that_the_note_explains(tmp_path):
+    for batch_size, errors in ((32, (20, 60)), (8, (90, 93)), (2, (50, 50.1))):
+        for seed, error in enumerate(errors):
+            write_run(tmp_path, "bn", batch_size, seed, test_error=error)
+    frame = table.load(tmp_path)
+    for ax in (figures.error_vs_batch_size(frame), figures.error_by_norm(frame)[0]):
+        assert find_marks(ax, CARETDOWN) == {(5, 0)}
+        assert find_marks(ax, CARETUP) == {(5, 100), (3, 100)}
+        assert figures.CUT_NOTE in note(ax)
+    assert figures.CUT_NOTE not in note(figures.error_vs_batch_size(frame[frame["batch_size"] == 2]))
+
+
+def test_a_level_bands_cut_end_is_marked_too(tmp_path):
+    for seed, error in enumerate((2, 10)):
+        for norm_batch_size in (32, 2):
+            write_run(tmp_path, "bn", 32, seed, norm_batch_size=norm_batch_size, test_error=50)
+        write_run(tmp_path, "gn", 32, seed, test_error=error)
+    ax = figures.error_vs_batch_size(table.load(tmp_path), x="norm_batch_size")
+    (mark,) = [line for line in ax.lines if line.get_marker() == CARETDOWN]
+    assert list(mark.get_ydata()) == [0]
+
+
+@pytest.mark.parametrize("name", ["gn", "a_long_name_of_a_norm_of_ones_own_with_all_its_parameters"])
+def test_legends_lie_beside_the_axes_and_inside_the_figure(tmp_path, name):
+    for norm in ("bn", name):
+        for batch_size, errors in ((32, (20, 22)), (2, (30, 32))):
+            for seed, error in enumerate(errors):
+                write_run(tmp_path, norm, batch_size, seed, test_error=error)
+    frame, rows = table.load(tmp_path), table.curves(tmp_path)
+    drawn = [figures.error_vs_batch_size(frame), figures.curves(rows)[-1], figures.curves_by_batch_size(rows)[-1]]
+    for ax in drawn:
+        ax.figure.draw_without_rendering()
+        box = ax.get_legend().get_window_extent()
+        assert box.x0 >= ax.get_window_extent().x1
+        assert box.x1 <= ax.figure.bbox.x1
+        assert ax.get_window_extent().width > 1.8 * ax.figure.dpi
+
+
+def test_the_seeds_of_a_cell_stand_beside_one_another_above_all_lines(tmp_path):
+    for norm in ("bn", "gn"):
+        for seed, error in enumerate((48.21, 49.4, 48.18)):
+            write_run(tmp_path, norm, 32, seed, test_error=error)
+            write_run(tmp_path, norm, 2, seed, test_error=error)
+    ax = figures.error_vs_batch_size(table.load(tmp_path))
+    ax.figure.draw_without_rendering()
+    for dots in find_dots(ax):
+        x = np.sort(ax.transData.transform(dots.get_xydata())[:, 0]) * 72 / ax.figure.dpi  # points
+        assert np.diff(x).min() > 2  # a dot without its edge
+        assert dots.get_zorder() > max(line.get_zorder() for line in ax.lines if line not in find_dots(ax))
+    assert "small dots beside a mean: its seeds" in note(ax)
+
+
 def test_what_another_axis_holds_is_left_out_and_counted(tmp_path):
     write_sweep(tmp_path, norms=("bn",), seeds=(0,))
     write_run(tmp_path, "bn", 32, 0, norm_batch_size=2)
@@ -178,6 +244,20 @@ def test_every_norm_of_the_paper_has_its_own_style():
     styles = [figures.style_norm(norm) for norm in ("bn", "gn", "ln", "in", "none")]
     for part in ("color", "marker", "linestyle"):
         assert len({getattr(style, part) for style in styles}) == 5
+
+
+def test_no_norm_is_drawn_in_the_grey_of_what_lies_behind():
+    colors = [*(style.color for style in figures.NORM_STYLES.values()), *figures.SPARE_COLORS]
+    for color in set(colors) - {"#000000"}:
+        assert max(to_rgb(color)) - min(to_rgb(color)) > 0.1
+
+
+def test_a_panel_a_norm_says_which_grey_line_is_which(tmp_path):
+    for norm in ("bn", "gn", "frn"):
+        for batch_size in (32, 2):
+            write_run(tmp_path, norm, batch_size, test_error=20)
+    axes = figures.error_by_norm(table.load(tmp_path))
+    assert "In grey: BN (dashed) and GN (solid)." in note(axes[0])
 
 
 def test_a_norms_style_does_not_depend_on_its_company(tmp_path):
@@ -194,6 +274,19 @@ def test_variants_of_a_norm_are_told_apart_without_colour(tmp_path):
     styles = figures.style_lines(table.load(tmp_path)).values()
     assert len({(style["linestyle"], style["fillstyle"]) for style in styles}) == 4
     assert len({style["color"] for style in styles}) == 4
+
+
+def test_variants_of_any_norm_are_seen_on_white_and_lie_apart(tmp_path):
+    for blocks in range(8):
+        for norm in ("my_norm", "bcn"):
+            write_run(tmp_path, norm, 32, norm_keys={"blocks": blocks}, test_error=20)
+    styles = figures.style_lines(table.load(tmp_path))
+    for name in ("my_norm", "BCN"):
+        own = [style for label, style in styles.items() if label.startswith(name)]
+        lightness = [colorsys.rgb_to_hls(*to_rgb(style["color"]))[1] for style in own[1:]]
+        assert figures.DARKEST <= min(lightness) <= max(lightness) <= figures.LIGHTEST
+        looks = [(round(light, 1), style["fillstyle"]) for light, style in zip(lightness, own[1:], strict=True)]
+        assert len(set(looks)) == 7
 
 
 def test_a_dollar_sign_in_a_name_is_no_formula(tmp_path):
@@ -251,6 +344,39 @@ def test_curves_by_batch_size_have_a_panel_a_norm_and_a_line_a_size(sweep):
     assert len(bold) == 5
 
 
+def test_epochs_are_whole_and_no_marker_is_cut(tmp_path):
+    for batch_size in (32, 2):
+        write_run(tmp_path, "bn", batch_size, num_epochs=9)
+    rows = table.curves(tmp_path)
+    for ax in (*figures.curves(rows), *figures.curves_by_batch_size(rows)):
+        ax.figure.draw_without_rendering()
+        assert all(tick == round(tick) for tick in ax.get_xticks())
+        frame = ax.get_window_extent()
+        for line in (line for line in ax.lines if line.get_linewidth() > 1):
+            marked = ax.transData.transform(line.get_xydata()[line.get_markevery()])
+            radius = line.get_markersize() / 2 * ax.figure.dpi / 72
+            assert len(marked) > 3
+            assert (marked > (frame.x0 + radius, frame.y0 + radius)).all()
+            assert (marked < (frame.x1 - radius, frame.y1 - radius)).all()
+
+
+def test_one_epoch_has_one_tick(tmp_path):
+    write_run(tmp_path, "bn", 32, num_epochs=1)
+    ax = figures.curves(table.curves(tmp_path))[0]
+    low, high = ax.get_xlim()
+    assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [1]
+
+
+def test_a_start_that_takes_little_room_is_shown_and_a_high_one_is_not(tmp_path):
+    for name, first in (("low", 60.0), ("high", 99.0)):
+        history = make_history(20, 15, 32, 20)
+        for entry in history:
+            entry["test_error"] = first if entry["epoch"] <= 2 else 56.0 - entry["epoch"]
+        write_run(tmp_path / name, "bn", 32, record_keys={"history": history})
+        shown = figures.curves(table.curves(tmp_path / name))[1].get_ylim()[1]
+        assert (shown > first) == (name == "low")
+
+
 def test_error_vs_groups_has_both_axes_and_the_extremes(tmp_path):
     for num_groups in (8, 4, 2):
         write_run(tmp_path, "gn", 32, norm_keys={"num_groups": num_groups}, test_error=20 + num_groups)
@@ -266,7 +392,7 @@ def test_error_vs_groups_has_both_axes_and_the_extremes(tmp_path):
     assert (left.get_xlabel(), right.get_xlabel()) == ("number of groups", "channels per group")
     assert list(left.containers[0].lines[0].get_ydata()) == [22, 24, 28]
     assert list(right.containers[0].lines[0].get_ydata()) == [24, 36]
-    assert (legend(left), legend(right)) == (["GN", "LN"], ["GN", "IN"])
+    assert (left.get_legend(), legend(right)) == (None, ["GN", "LN", "IN"])
     for ax in (left, right):
         assert ax.get_ylim()[0] < frame["test_error"].min()
         assert ax.get_ylim()[1] > frame["test_error"].max()

@@ -4,7 +4,7 @@
     figures.save(ax.figure, "error.svg")
 
 A norm keeps its colour, marker and line style in every figure. Lines are means over seeds, bars 95 % t-intervals, dots
-seeds; what is missing or failed is named under the figure.
+seeds; what is missing or failed is named under the figure. Legends stand beside the axes, where they cover nothing.
 """
 
 import colorsys
@@ -24,6 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import CARETDOWN, CARETUP
+from matplotlib.ticker import MaxNLocator
 
 from gnbench.analysis.statistics import name_gaps, summarize
 from gnbench.analysis.table import find_groups, label_norm, place_cells, slice_axis
@@ -58,15 +60,19 @@ AXIS_LABELS = {
 }
 GROUP_LABELS = {"num_groups": "number of groups", "channels_per_group": "channels per group"}
 LINESTYLES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-SPARE_COLORS = ("#E69F00", "#56B4E9", "#A6761D", "#7570B3", "#66A61E", "#666666")
+LINE_NAMES = dict(zip(LINESTYLES, ("solid", "dashed", "dotted", "dash-dotted", "dash-dot-dotted"), strict=True))
+SPARE_COLORS = ("#E69F00", "#56B4E9", "#A6761D", "#7570B3", "#66A61E", "#B2182B")  # no grey, which others' lines have
 SPARE_MARKERS = ("v", "P", "X", "<", ">", "p", "h", "*", "d")
 FILLS = ("full", "none", "left", "top")  # of the markers of one norm's variants
+LIGHTEST, DARKEST = 0.68, 0.2  # lightness of its variants' colours: each is seen on white and is not black
 GREY = "0.35"
-OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # of a legend that would cover lines
+OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # of a legend
+LEGEND_WIDTH = 46  # characters of a line
 MOST_COLUMNS = 5  # of panels
 MOST_LINES = 8  # in one panel that can still be told apart
 FAMILIAR = ("bn", "gn")
 CURVES_NOTE = "Bold: mean over finished runs; thin: each seed."
+CUT_NOTE = "Arrowheads: an interval goes on beyond 0 or 100 %."
 REFERENCE_NOTE = "Light and hollow: published by others, with other data or recipes, against images per worker."
 
 
@@ -101,7 +107,7 @@ NORM_STYLES = {
     "frn": NormStyle("#DDAA33", "d", LINESTYLES[0]),
     "evonorm_s0": NormStyle("#882255", "p", LINESTYLES[0]),
     "pono": NormStyle("#EE99AA", "<", LINESTYLES[2]),
-    "skipinit": NormStyle("#BBBBBB", "+", LINESTYLES[4]),
+    "skipinit": NormStyle("#5D4037", "+", LINESTYLES[4]),
 }
 
 
@@ -170,24 +176,27 @@ def error_vs_batch_size(
     positions = sorted(summary["x"].dropna().astype(int).unique())
     styles = style_lines(frame)
     labels = list(summary["label"].unique())
-    crowded = reference is not None or len(labels) > 5 or len(positions) < 2  # one column leaves no room beside it
-    ax = new_axes(1, (8.4 if crowded else 5.6, 4.2))[0] if ax is None else ax
-    gap = min(0.14, 0.6 / max(1, len(labels)))  # octaves between two norms of one batch size
-    for number, label in enumerate(labels):
+    published = _crop_reference(reference, positions)
+    sources = _style_sources(published)
+    if ax is None:
+        across, down = measure_legend([*labels, *sources])
+        ax = new_axes(1, (4.9 + 0.1 * len(labels) + across, max(4.2, 0.8 + down)))[0]
+    placed = list(summary.loc[summary["x"].notna(), "label"].unique())
+    gap = find_gap(len(placed)) * (-1 if decreasing else 1)
+    for label in labels:
         cells = summary[summary["label"] == label]
-        shift = 2 ** (gap * (number - (len(labels) - 1) / 2) * (-1 if decreasing else 1))
-        if cells["x"].isna().all():
-            _draw_level(ax, cells, kept, positions, styles[label])
+        if label in placed:
+            octaves = gap * (placed.index(label) - (len(placed) - 1) / 2)
+            _draw_cells(ax, cells.assign(x=cells["x"] * 2**octaves), kept, styles[label], aside=0.5 * gap)
         else:
-            aside = 2 ** (0.4 * gap * (-1 if decreasing else 1))
-            _draw_cells(ax, cells.assign(x=cells["x"] * shift), kept, styles[label], aside)
-    _keep_to_percent(ax)
-    others = [] if reference is None or not positions else _draw_reference(ax, reference, positions)
+            _draw_level(ax, cells, kept, positions, styles[label])
+    keep_to_percent(ax)
+    _draw_reference(ax, published, sources)
     set_log2_axis(ax, positions, decreasing)
     ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS["test_error"])
-    add_legend(ax, [*((label, styles[label]) for label in labels), *others], **(OUTSIDE if crowded else {}))
-    published = REFERENCE_NOTE if others else ""
-    add_note(ax, [describe_lines(summary), describe_runs(kept, x), published, left_out, *name_gaps(frame)])
+    add_legend(ax, [*((label, styles[label]) for label in labels), *sources.items()])
+    notes = [describe_lines(summary), describe_runs(kept, x), REFERENCE_NOTE if sources else ""]
+    add_note(ax, [*notes, left_out, *name_gaps(frame)])
     return ax
 
 
@@ -220,15 +229,16 @@ def error_by_norm(
         if own["x"].isna().all():
             _draw_level(ax, own, kept, positions, line)
         else:
-            _draw_cells(ax, own, kept, line, aside=2 ** (-0.2 if decreasing else 0.2))
+            _draw_cells(ax, own, kept, line, aside=-0.25 if decreasing else 0.25)
         set_log2_axis(ax, positions, decreasing)
-        ax.set_title(label, fontsize=9)
+        ax.set_title(wrap_label(label, 26))
         if number + MOST_COLUMNS >= len(labels):
-            ax.set_xlabel(AXIS_LABELS[x].partition(" (")[0])
+            ax.set_xlabel(name_axis(x))
         if number % MOST_COLUMNS == 0:
             ax.set_ylabel(AXIS_LABELS["test_error"])
-    _keep_to_percent(axes[0])
-    grey = f"In grey: {' and '.join(familiar)}." if familiar else ""
+    keep_to_percent(axes[0])
+    lines = [f"{label} ({LINE_NAMES[styles[label]['linestyle']]})" for label in familiar]
+    grey = f"In grey: {' and '.join(lines)}." if lines else ""
     notes = [describe_lines(summary), grey, describe_runs(kept, x), left_out, *name_gaps(frame)]
     add_figure_note(axes[0].figure, notes)
     return axes
@@ -249,21 +259,21 @@ def curves(
         batch_size: the largest of the frame, unless given.
         columns: of the frame, one a panel.
     """
-    size = (3.7 * len(columns), max(3.6, 0.21 * frame["label"].nunique()))
-    axes = new_axes(len(columns), size) if axes is None else axes
     batch_size = frame["batch_size"].max() if batch_size is None else batch_size
     rows, left_out = slice_axis(frame[frame["batch_size"] == batch_size], "batch_size")
     styles = style_lines(frame)
     labels = list(rows["label"].unique())
+    if axes is None:
+        across, down = measure_legend(labels)
+        axes = new_axes(len(columns), (3.5 * len(columns) + across, max(3.6, 0.8 + down)))
     for ax, column in zip(axes, columns, strict=True):
+        _crop_start(ax, rows, column)
         for label in labels:
             line = {**styles[label], "markersize": 4.5}
             _draw_curve(ax, rows[rows["label"] == label], column, line, labels.index(label) / len(labels))
-        _crop_start(ax, rows, column)
-        ax.set(xlabel=AXIS_LABELS["epoch"], ylabel=AXIS_LABELS.get(column, column))
-        if rows["epoch"].notna().any():  # the same epochs in each panel, whichever were tested
-            ax.set_xlim(rows["epoch"].min() - 0.5, rows["epoch"].max() + 0.5)
-    add_legend(axes[-1], [(label, styles[label]) for label in labels], **(OUTSIDE if len(labels) > 5 else {}))
+        set_epoch_axis(ax, rows["epoch"])  # the same epochs in each panel, whichever were tested
+        ax.set_ylabel(AXIS_LABELS.get(column, column))
+    add_legend(axes[-1], [(label, styles[label]) for label in labels])
     notes = [CURVES_NOTE, describe_runs(rows), left_out, *name_gaps(_one_row_a_run(rows))]
     add_figure_note(axes[0].figure, notes)
     return axes
@@ -282,21 +292,22 @@ def curves_by_batch_size(
     """
     rows, left_out = slice_axis(frame, "batch_size")
     labels = list(rows["label"].unique()) or [""]
+    sizes = sorted(rows["batch_size"].unique(), reverse=True)
     if axes is None:
         across, down = min(len(labels), MOST_COLUMNS), math.ceil(len(labels) / MOST_COLUMNS)
-        axes = new_axes(len(labels), (2.7 * across + 0.6, 3 * down + 0.4), sharey=True)
-    sizes = sorted(rows["batch_size"].unique(), reverse=True)
+        axes = new_axes(len(labels), (2.5 * across + 0.6 + measure_legend(sizes)[0], 3 * down + 0.4), sharey=True)
     lines = {size: _style_batch_size(number, len(sizes)) for number, size in enumerate(sizes)}
     for ax, label in zip(axes, labels, strict=True):
         own = rows[rows["label"] == label]
+        _crop_start(ax, rows, column)
         for size in sizes:
             _draw_curve(ax, own[own["batch_size"] == size], column, lines[size], sizes.index(size) / len(sizes))
-        ax.set(title=label, xlabel=AXIS_LABELS["epoch"])
-    _crop_start(axes[0], rows, column)
+        set_epoch_axis(ax, rows["epoch"])
+        ax.set_title(wrap_label(label, 34))
     for ax in axes[::MOST_COLUMNS]:
         ax.set_ylabel(AXIS_LABELS.get(column, column))
     last = axes[min(len(labels), MOST_COLUMNS) - 1]
-    add_legend(last, [(str(size), lines[size]) for size in sizes], title="batch size", **OUTSIDE)
+    add_legend(last, [(str(size), lines[size]) for size in sizes], title="batch size")
     notes = [CURVES_NOTE, describe_runs(rows), left_out, *name_gaps(_one_row_a_run(frame))]
     add_figure_note(axes[0].figure, notes)
     return axes
@@ -318,40 +329,51 @@ def error_vs_groups(
     batch_size = find_groups(frame) if batch_size is None else batch_size
     rows = frame[frame["batch_size"] == batch_size]
     panels = [key for key in GROUP_LABELS if rows.loc[rows["norm"] == "gn", key].nunique() > 1]
-    axes = new_axes(len(panels), (0.9 + 3.25 * len(panels), 3.6), sharey=True) if axes is None else axes
+    axes = new_axes(len(panels), (1.8 + 3.25 * len(panels), 3.6), sharey=True) if axes is None else axes
+    handles = {}
     for ax, key in zip(axes, panels, strict=True):
         extreme = {"num_groups": "ln", "channels_per_group": "in"}[key]
         extreme_rows = rows[rows["norm"] == extreme]
         own = rows[(rows["norm"] == "gn") & rows[key].notna()]
         drawn = pd.concat([own, extreme_rows.assign(**{key: 1})])
-        handles = []
         for norm in drawn["norm"].unique():
             style = style_norm(norm)
             line = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle}
             cells = summarize(drawn[drawn["norm"] == norm])
-            _draw_cells(ax, cells.assign(x=cells[key].astype(float)), drawn, line, aside=2**-0.1)
-            handles.append((label_norm(norm), line))
+            _draw_cells(ax, cells.assign(x=cells[key].astype(float)), drawn, line, aside=-0.13)
+            handles[label_norm(norm)] = line
         set_log2_axis(ax, sorted(drawn[key].dropna().unique()), decreasing=True)
         ax.set_xlabel(GROUP_LABELS[key])
-        add_legend(ax, handles)
+    add_legend(axes[-1], list(handles.items()))
     axes[0].set_ylabel(AXIS_LABELS["test_error"])
     for ax in axes:  # after both are drawn, for they may share the axis
-        _keep_to_percent(ax)
+        keep_to_percent(ax)
     notes = [describe_lines(summarize(rows)), describe_runs(rows), *name_gaps(rows)]
     add_figure_note(axes[0].figure, notes)
     return axes
 
 
 def describe_lines(summary: pd.DataFrame) -> str:
-    """What lines, bars, dots and crosses are, with n."""
-    n = summary.loc[summary["n"] > 0, "n"]
+    """What lines, bars, dots, arrowheads and crosses are, with n."""
+    dots = "; small dots beside a mean: its seeds" if summary["n"].max() > 1 else ""
     crosses = " Crosses: failed or diverged runs." if (summary["failed"] + summary["diverged"]).any() else ""
+    return f"{describe_means(summary)}{dots}.{describe_cuts(summary)}{crosses}"
+
+
+def describe_means(summary: pd.DataFrame) -> str:
+    """What points and bars are, with n."""
+    n = summary.loc[summary["n"] > 0, "n"]
     if n.empty:
-        return f"No finished run.{crosses}"
+        return "No finished run"
     if n.max() == 1:
-        return f"n = 1 seed a cell: no interval.{crosses}"
+        return "n = 1 seed a cell: no interval"
     seeds = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
-    return f"Mean of n = {seeds} seeds a cell; bars: 95 % t-interval; small dots: seeds.{crosses}"
+    return f"Mean of n = {seeds} seeds a cell; bars: 95 % t-interval"
+
+
+def describe_cuts(summary: pd.DataFrame) -> str:
+    """What arrowheads are, where `mark_cuts` draws any."""
+    return f" {CUT_NOTE}" if ((summary["low"] < 0) | (summary["high"] > 100)).any() else ""
 
 
 def describe_runs(frame: pd.DataFrame, x: str = "") -> str:
@@ -385,15 +407,65 @@ def set_log2_axis(ax: Axes, positions: Sequence[int], decreasing: bool) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(positions, labels=[str(value) for value in positions])
     ax.minorticks_off()
-    limits = (positions[0] / 2**0.4, positions[-1] * 2**0.4)
+    limits = (positions[0] / 2**0.6, positions[-1] * 2**0.6)
     ax.set_xlim(limits[::-1] if decreasing else limits)
 
 
+def set_epoch_axis(ax: Axes, epochs: pd.Series) -> None:
+    """An axis of whole epochs, with room for a marker at the first and the last of `epochs`."""
+    ax.set_xlabel(AXIS_LABELS["epoch"])
+    set_whole_ticks(ax)
+    if epochs.notna().any():
+        room = max(0.5, 0.04 * (epochs.max() - epochs.min()))
+        ax.set_xlim(epochs.min() - room, epochs.max() + room)
+
+
+def set_whole_ticks(ax: Axes) -> None:
+    """A few ticks of the x axis, at whole numbers and nowhere else."""
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def keep_to_percent(ax: Axes) -> None:
+    """Two seeds may have an interval of ±100 points: the axis ends where errors do."""
+    low, high = ax.get_ylim()
+    if low < 0 or high > 100:
+        ax.set_ylim(max(low, 0), min(high, 100))
+
+
+def mark_cuts(ax: Axes, cells: pd.DataFrame, color: str) -> None:
+    """Arrowheads at 0 and 100 %, where `keep_to_percent` ends the axis, for the intervals that go on beyond."""
+    for beyond, edge, marker in ((cells["low"] < 0, 0, CARETDOWN), (cells["high"] > 100, 100, CARETUP)):
+        if beyond.any():
+            x = cells.loc[beyond, "x"]
+            ax.plot(x, np.full(len(x), edge), linestyle="", marker=marker, markersize=5, color=color, zorder=3)
+
+
+def find_gap(count: int) -> float:
+    """Octaves of a log2 axis between two of `count` lines that stand beside one another at one of its positions."""
+    return min(0.2, 0.5 / max(1, count))
+
+
+def name_axis(x: str) -> str:
+    """An axis' label without what it explains."""
+    return AXIS_LABELS[x].partition(" (")[0]
+
+
+def wrap_label(label: str, width: int = LEGEND_WIDTH) -> str:
+    """A label in lines of at most `width` characters."""
+    return textwrap.fill(label, width, break_on_hyphens=False)
+
+
 def add_legend(ax: Axes, lines: Sequence[tuple[str, dict]], **options: object) -> None:
-    """A legend of (label, keyword arguments of `Line2D`); `options` go to `Axes.legend`."""
-    handles = [Line2D([], [], label=label, **line) for label, line in lines]
+    """A legend beside the axes, of (label, keyword arguments of `Line2D`); `options` go to `Axes.legend`."""
+    handles = [Line2D([], [], label=wrap_label(label), **line) for label, line in lines]
     if handles:
-        ax.legend(handles=handles, **{"loc": "best", **options})
+        ax.legend(handles=handles, **{**OUTSIDE, **options})
+
+
+def measure_legend(labels: Sequence[object]) -> tuple[float, float]:
+    """Inches that a legend of these labels takes beside an axis: (across, down)."""
+    lines = [line for label in labels for line in wrap_label(str(label)).split("\n")]
+    return 0.75 + 0.075 * max(map(len, lines), default=0), 0.21 * len(lines)
 
 
 @styled
@@ -439,27 +511,41 @@ def _one_row_a_run(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_cells(ax: Axes, cells: pd.DataFrame, frame: pd.DataFrame, line: dict, aside: float) -> None:
-    """Mean line, intervals, a dot a seed beside the mean; a cross at the upper edge where a run failed or diverged."""
+    """Mean line, intervals, a dot a seed beside the mean; a cross at the upper edge where a run failed or diverged.
+
+    `aside` is octaves from a mean to the middle of its dots, which stand in a row, so that equal ones are seen.
+    """
     finished = cells[cells["n"] > 0].sort_values("x")
     bars = np.array([finished["mean"] - finished["low"], finished["high"] - finished["mean"]], dtype=float)
     thin = {"capsize": 2.5, "elinewidth": 1, "markeredgewidth": 1.2}
     ax.errorbar(finished["x"], finished["mean"], yerr=np.nan_to_num(bars), **line, **thin, zorder=3)
+    mark_cuts(ax, finished, line["color"])
     done = frame[frame["status"] == "done"].merge(finished[["cell", "x"]], on="cell")
-    dot = {"linestyle": "", "marker": "o", "markersize": 2.5, "markeredgewidth": 0}
-    ax.plot(done["x"] * aside, done["test_error"], **dot, color=line["color"], alpha=0.7)
+    octaves = aside * (1 + _spread(done))
+    dot = {"linestyle": "", "marker": "o", "markersize": 3, "markeredgewidth": 0.5, "markeredgecolor": "white"}
+    ax.plot(done["x"] * 2**octaves, done["test_error"], **dot, color=line["color"], zorder=4)
     lost = cells[cells["diverged"] + cells["failed"] > 0]
     if len(lost):
         cross = {"linestyle": "", "marker": "x", "markersize": 6, "markeredgewidth": 1.5, "color": line["color"]}
-        ax.plot(lost["x"], np.full(len(lost), 0.98), **cross, transform=ax.get_xaxis_transform())
+        x = lost["x"] * 2**aside  # beside an arrowhead
+        ax.plot(x, np.full(len(lost), 0.98), **cross, transform=ax.get_xaxis_transform())
+
+
+def _spread(runs: pd.DataFrame) -> pd.Series:
+    """-0.4 to 0.4 in equal steps over the runs of each cell, by their order; 0 for one alone."""
+    number = runs.groupby("cell").cumcount()
+    last = runs.groupby("cell")["cell"].transform("size").astype(int) - 1
+    return (0.8 * number / last.clip(lower=1) - 0.4).where(last > 0, 0)
 
 
 def _draw_level(ax: Axes, cells: pd.DataFrame, frame: pd.DataFrame, positions: Sequence[int], line: dict) -> None:
     """One cell that holds for the whole axis: a level line with its interval as a band, and its seeds at one end."""
-    low, high = positions[0] / 2**0.25, positions[-1] * 2**0.25
+    low, high = positions[0] / 2**0.3, positions[-1] * 2**0.3  # beyond cells that stand beside one another
     cell = cells.iloc[0]
     ax.plot([low, high], [cell["mean"]] * 2, **{**line, "marker": ""}, zorder=2.5)
     ax.fill_between([low, high], cell["low"], cell["high"], color=line["color"], alpha=0.15, linewidth=0)
-    _draw_cells(ax, cells.assign(x=low, low=cell["mean"], high=cell["mean"]), frame, line, aside=2**-0.07)
+    mark_cuts(ax, cells.assign(x=low), line["color"])
+    _draw_cells(ax, cells.assign(x=low, low=cell["mean"], high=cell["mean"]), frame, line, aside=-0.17)
 
 
 def _draw_behind(ax: Axes, cells: pd.DataFrame, positions: Sequence[int], linestyle: str | tuple) -> None:
@@ -470,29 +556,36 @@ def _draw_behind(ax: Axes, cells: pd.DataFrame, positions: Sequence[int], linest
     ax.plot(finished["x"], finished["mean"], color="0.6", linestyle=linestyle, linewidth=1, zorder=1)
 
 
-def _draw_reference(ax: Axes, reference: pd.DataFrame, positions: Sequence[int]) -> list[tuple[str, dict]]:
-    """Lines of others behind ours, as far as our axis goes; returns the legend's, one a source.
+def _crop_reference(reference: pd.DataFrame | None, positions: Sequence[int]) -> pd.DataFrame:
+    """The numbers of others as far as our axis goes, with their `name` in the legend."""
+    if reference is None or not positions:
+        return pd.DataFrame({"name": []})
+    inside = reference[reference["images_per_worker"].between(min(positions), max(positions))]
+    return inside.assign(name=inside["source"] + " (" + inside["model"] + ", " + inside["data"] + ")")
 
-    A norm's colour, lighter, its marker, hollow, and a line style of the source.
-    """
-    sources = {}
-    reference = reference[reference["images_per_worker"].between(min(positions), max(positions))]
-    for (source, data, model), rows in reference.groupby(["source", "data", "model"], sort=False):
-        look = {"linestyle": LINESTYLES[len(sources) % len(LINESTYLES)], "linewidth": 0.9, "markerfacecolor": "white"}
-        sources[f"{source} ({model}, {data})"] = {**look, "color": "0.55", "marker": "o", "markersize": 4}
+
+def _style_sources(reference: pd.DataFrame) -> dict[str, dict]:
+    """Keyword arguments of `Line2D` for each source's entry in the legend."""
+    look = {"linewidth": 0.9, "color": "0.55", "marker": "o", "markersize": 4, "markerfacecolor": "white"}
+    names = reference["name"].unique()
+    return {name: {**look, "linestyle": LINESTYLES[number % len(LINESTYLES)]} for number, name in enumerate(names)}
+
+
+def _draw_reference(ax: Axes, reference: pd.DataFrame, sources: dict[str, dict]) -> None:
+    """Lines of others behind ours: a norm's colour, lighter, its marker, hollow, and a line style of the source."""
+    for name, source in sources.items():
+        rows = reference[reference["name"] == name]
         for norm, line in rows.sort_values("images_per_worker").groupby("norm"):
             style = style_norm(norm)
-            color = _shade(style.color, 1)
-            ax.plot(
-                line["images_per_worker"],
-                line["test_error"],
-                **{**look, "color": color, "marker": style.marker, "markersize": 4, "zorder": 1.5},
-            )
-    return list(sources.items())
+            look = {**source, "color": _lighten(style.color), "marker": style.marker}
+            ax.plot(line["images_per_worker"], line["test_error"], **look, zorder=1.5)
 
 
 def _draw_curve(ax: Axes, rows: pd.DataFrame, column: str, line: dict, offset: float) -> None:
-    """Thin lines for every run, a bold one for the mean of the finished, over the epochs that all of them have."""
+    """Thin lines for every run, a bold one for the mean of the finished, over the epochs that all of them have.
+
+    Markers stand where the axis, whose limits are set, shows all of them.
+    """
     thin = {"color": line["color"], "linestyle": "-", "linewidth": 0.5, "alpha": 0.35}
     measured = rows[rows[column].notna()]
     for _, run in measured.groupby(["sweep", "run"]):
@@ -501,20 +594,20 @@ def _draw_curve(ax: Axes, rows: pd.DataFrame, column: str, line: dict, offset: f
     by_epoch = done.groupby("epoch")[column].agg(["mean", "count"])
     mean = by_epoch.loc[by_epoch["count"] == by_epoch["count"].max(), "mean"]
     every = max(1, len(mean) // 6)
-    ax.plot(mean.index, mean, **line, markevery=(int(offset * every), every), zorder=3)
-
-
-def _keep_to_percent(ax: Axes) -> None:
-    """Two seeds may have an interval of ±100 points: the axis ends where errors do."""
     low, high = ax.get_ylim()
-    if low < 0 or high > 100:
-        ax.set_ylim(max(low, 0), min(high, 100))
+    inside = mean.between(low + 0.02 * (high - low), high - 0.02 * (high - low)).to_numpy()
+    marked = [number for number in range(int(offset * every), len(mean), every) if inside[number]]
+    ax.plot(mean.index, mean, **line, markevery=marked, zorder=3)
 
 
 def _crop_start(ax: Axes, rows: pd.DataFrame, column: str) -> None:
-    """End the axis at the largest value after the first tenth of the epochs, so that the end can be read."""
+    """End the axis at the largest value after the first tenth of the epochs, so that the end can be read.
+
+    Where the start takes but little more room, it stays.
+    """
+    every = rows[column].dropna()
     later = rows.loc[rows["epoch"] > rows["epoch"].max() / 10, column].dropna()
-    shown = later if len(later) else rows[column].dropna()
+    shown = later if len(later) and np.ptp(every) > 1.5 * np.ptp(later) else every
     if len(shown):
         margin = 0.05 * (shown.max() - shown.min()) or 1
         ax.set_ylim(shown.min() - margin, shown.max() + margin)
@@ -536,8 +629,13 @@ def _style_batch_size(number: int, count: int) -> dict:
 
 
 def _shade(color: str, number: int) -> str:
-    """By turns lighter (1, 3, ...) and darker (2, 4, ...) than the colour."""
+    """The colour by turns lighter (1, 3, ...) and darker (2, 4, ...), but neither near white nor black."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(color))
-    step = (number + 1) // 2
-    toward = (1 - lightness) if number % 2 else -lightness
-    return to_hex(colorsys.hls_to_rgb(hue, lightness + toward * (1 - 0.65**step), saturation))
+    start, end = min(max(lightness, 0.35), 0.5), LIGHTEST if number % 2 else DARKEST
+    return to_hex(colorsys.hls_to_rgb(hue, end + (start - end) * 0.5 ** ((number + 1) // 2), saturation))
+
+
+def _lighten(color: str) -> str:
+    """A third of the way to white."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(color))
+    return to_hex(colorsys.hls_to_rgb(hue, lightness + 0.35 * (1 - lightness), saturation))
