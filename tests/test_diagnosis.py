@@ -1,10 +1,12 @@
 """Figures of what lies behind an error, tested by their data."""
 
 import matplotlib.figure
+import numpy as np
 import pytest
+from matplotlib.markers import CARETDOWN
 from synthetic import write_run
 
-from gnbench.analysis import diagnosis, table
+from gnbench.analysis import diagnosis, figures, table
 from gnbench.analysis.report import write_report
 
 ERRORS = {  # NBS: (training error, mini-batch, population, running averages), percent
@@ -30,25 +32,93 @@ def write_statistics(directory, seeds=(0, 1)):
     return table.load(directory)
 
 
-def lines(ax) -> dict[tuple, list]:
-    """{x values: y values} of the means that an axis draws with error bars."""
-    return [(list(c.lines[0].get_xdata()), list(c.lines[0].get_ydata())) for c in ax.containers]
+def lines(ax) -> list[tuple[list, list]]:
+    """(x, y) of the means that an axis draws with error bars; x as the place that a line stands beside."""
+    places = [2 ** np.round(np.log2(c.lines[0].get_xdata(orig=False))) for c in ax.containers]
+    return [(list(x), list(c.lines[0].get_ydata())) for x, c in zip(places, ax.containers, strict=True)]
 
 
 def test_each_choice_of_statistics_has_its_line_and_the_parts_sum_to_the_error(tmp_path):
     frame = write_statistics(tmp_path)
     assert diagnosis.has_statistics(frame)
-    left, right = diagnosis.error_by_statistics(frame)
+    above, below = diagnosis.error_by_statistics(frame)
     sizes = [2.0, 8.0, 32.0]
     half = 0.5  # the mean of seeds 0 and 1
-    ema, precise, batch, train, frozen = lines(left)
+    ema, precise, batch, train, frozen = lines(above)
     for column, (found_x, found_y) in zip((3, 2, 1, 0), (ema, precise, batch, train), strict=True):
         assert found_x == sizes
         assert found_y == pytest.approx([ERRORS[size][column] + half for size in (2, 8, 32)])
     assert frozen == ([2.0], [27.0])
-    parts = [y for _, y in lines(right)]
-    assert parts[2] == pytest.approx([6.0, -0.5, -1.0])  # population - mini-batch
-    assert [sum(values) for values in zip(*parts, strict=True)] == pytest.approx(ema[1])
+    parts = [y for _, y in lines(below)]
+    assert parts[1] == pytest.approx([6.0, -0.5, -1.0])  # population - mini-batch
+    assert [sum(values) for values in zip(train[1], *parts, strict=True)] == pytest.approx(ema[1])
+    assert "n = 1 to 2 seeds a cell" in above.figure.get_supxlabel()
+
+
+def test_each_norm_that_keeps_statistics_has_its_panels_and_no_other(tmp_path):
+    write_statistics(tmp_path)
+    for size, (train, batch, precise, ema) in ERRORS.items():
+        by_statistics = {"ema": ema + 10, "precise": precise + 10, "batch": batch + 10}
+        write_run(
+            tmp_path, "my_norm", 128, 0, norm_batch_size=size, norm_keys={"norm_batch_size": size}, test_error=ema,
+            train_error=train, result={"test_error_by_statistics": by_statistics},
+        )  # fmt: skip
+    axes = diagnosis.error_by_statistics(table.load(tmp_path))
+    assert [ax.get_title() for ax in axes] == ["BN", "", "my_norm", ""]
+    own, others = lines(axes[2]), lines(axes[0])
+    assert own[0] == ([2.0, 8.0, 32.0], [45.5, 35.5, 33.5])
+    assert len(others[-1][0]) == 1  # the frozen run is BN's
+    assert len(own[-1][0]) == 0
+    assert axes[0].get_ylim() == axes[2].get_ylim()
+    assert axes[0].get_legend() is None
+    assert len(axes[2].get_legend().get_texts()) == 5
+
+
+def test_many_norms_with_statistics_stand_in_a_grid(tmp_path):
+    for number in range(7):
+        for size in (32, 2):
+            by_statistics = {"ema": 20 + number, "precise": 20, "batch": 20}
+            write_run(
+                tmp_path, f"norm{number}", 32, norm_batch_size=size, norm_keys={"norm_batch_size": size},
+                test_error=20, result={"test_error_by_statistics": by_statistics},
+            )  # fmt: skip
+    axes = diagnosis.error_by_statistics(table.load(tmp_path))
+    axes[0].figure.draw_without_rendering()
+    corners = [(round(ax.get_position().x0, 3), round(ax.get_position().y0, 3)) for ax in axes]
+    assert len(set(corners)) == len(axes) == len(axes[0].figure.axes) == 14
+    assert len({x for x, _ in corners}) == 5
+    assert len({y for _, y in corners}) == 4
+
+
+def test_a_norm_without_norm_batches_has_its_statistics_over_the_batch_size(tmp_path):
+    for batch_size in (32, 2):
+        by_statistics = {"ema": 20.0, "precise": 21.0, "batch": 22.0}
+        write_run(
+            tmp_path, "my_norm", batch_size, test_error=20, result={"test_error_by_statistics": by_statistics}
+        )  # fmt: skip
+    frame = table.load(tmp_path)
+    assert diagnosis.has_statistics(frame)
+    above, _ = diagnosis.error_by_statistics(frame, x="batch_size")
+    assert lines(above)[0] == ([2.0, 32.0], [20.0, 20.0])
+
+
+def test_statistics_of_one_place_stand_beside_one_another_between_0_and_100(tmp_path):
+    for size in (32, 2):
+        for seed in (0, 1):
+            by_statistics = {"ema": 20.0 + seed, "precise": 20.0 + seed, "batch": 20.0 + seed}
+            write_run(
+                tmp_path, "bn", 32, seed, norm_batch_size=size, test_error=20, train_error=2.0 + 2 * seed,
+                result={"test_error_by_statistics": by_statistics},
+            )  # fmt: skip
+    above, below = diagnosis.error_by_statistics(table.load(tmp_path))
+    above.figure.draw_without_rendering()
+    assert above.get_ylim()[0] == 0
+    starts = np.sort([above.transData.transform((c.lines[0].get_xdata()[0], 1))[0] for c in above.containers])
+    assert np.diff(starts).min() > 3 * above.figure.dpi / 72
+    assert any(line.get_marker() == CARETDOWN for line in above.lines)
+    assert figures.CUT_NOTE in above.figure.get_supxlabel().replace("\n", " ")
+    for ax in (above, below):
+        assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
 
 
 def test_runs_without_a_choice_have_no_such_figure(tmp_path):
@@ -68,6 +138,7 @@ def test_responses_are_means_over_seeds_in_a_panel_a_norm(tmp_path):
     assert [ax.get_title() for ax in axes] == ["BN", "GN"]
     for ax, scale in zip(axes, (1.0, 2.0), strict=True):
         drawn = [list(line.get_ydata()) for line in ax.lines]
+        assert all(tick == round(tick) for tick in ax.get_xticks())
         assert drawn == [[value] * 3 for value in (-scale, 0.0, scale + 0.5, 3 * scale + 0.5)]
 
 

@@ -3,14 +3,17 @@
 Each function takes a frame and axes (or makes them) and returns the axes, as those of `figures` do.
 """
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from gnbench.analysis import figures
 from gnbench.analysis.statistics import name_gaps, summarize
-from gnbench.analysis.table import label_norm, slice_axis
+from gnbench.analysis.table import label_norm, place_cells, slice_axis
 
 STATISTICS = {  # columns of a frame, and how they are drawn
     "test_error_ema": ("test, running averages", {"color": "#0072B2", "marker": "o", "linestyle": "-"}),
@@ -22,8 +25,7 @@ STATISTICS = {  # columns of a frame, and how they are drawn
     "train_error": ("training, mini-batch", {"color": "#000000", "marker": "x", "linestyle": (0, (5, 1.5))}),
 }
 FROZEN = ("test, frozen at the end", {"color": "#D55E00", "marker": "s", "linestyle": (0, (3, 1, 1, 1, 1, 1))})
-PARTS = {  # of the test error under running averages, each a difference of columns, arXiv:2105.07576, section 3
-    "training error": ("train_error", None, STATISTICS["train_error"][1]),
+PARTS = {  # of test error (EMA) - training error, each a difference of columns, arXiv:2105.07576, section 3
     "generalization gap": ("test_error_batch", "train_error", STATISTICS["test_error_batch"][1]),
     "train/test inconsistency": ("test_error_precise", "test_error_batch", STATISTICS["test_error_precise"][1]),
     "lag of running averages": ("test_error_ema", "test_error_precise", STATISTICS["test_error_ema"][1]),
@@ -32,58 +34,70 @@ PERCENTILES = (1, 20, 80, 99)
 
 
 def has_statistics(frame: pd.DataFrame) -> bool:
-    """Whether the frame has runs that were evaluated under more than one choice of statistics, at several NBS."""
+    """Whether the frame has runs that were evaluated under more than one choice of statistics, at several NBS.
+
+    The images of a run whose norm names no NBS are its batch.
+    """
     if not {"test_error_precise", "test_error_batch"} <= set(frame.columns):
         return False
-    return frame.loc[frame["test_error_precise"].notna(), "norm_batch_size"].nunique() > 1
+    sizes = frame["norm_batch_size"].fillna(frame["batch_size"])
+    return sizes[frame["test_error_precise"].notna()].nunique() > 1
 
 
 @figures.styled
 def error_by_statistics(
-    frame: pd.DataFrame, axes: Sequence[Axes] | None = None, x: str = "norm_batch_size", norm: str = "bn"
+    frame: pd.DataFrame, axes: Sequence[Axes] | None = None, x: str = "norm_batch_size"
 ) -> Sequence[Axes]:
-    """One norm's final error under each choice of statistics (left), and the parts it is made of (right), over `x`.
+    """Final errors under each choice of statistics, and what lies between test and training error, over `x`.
 
-    Left, as figure 2 of arXiv:2105.07576: test error with running averages (EMA), with population statistics, with
-    mini-batch statistics, and of runs whose statistics were frozen in their last epochs, beside the training error.
-    Right: test error (EMA) = training error + generalization gap (mini-batch, test - training) + train/test
-    inconsistency (test, population - mini-batch) + lag of the running averages (test, EMA - population), in points.
+    Two panels for each norm that keeps statistics, one above the other. Above, as figure 2 of arXiv:2105.07576: test
+    error with running averages (EMA), with population statistics, with mini-batch statistics, and of runs whose
+    statistics were frozen in their last epochs, beside the training error. Below, in points: test error (EMA) -
+    training error = generalization gap (mini-batch, test - training) + train/test inconsistency (test, population -
+    mini-batch) + lag of the running averages (test, EMA - population).
 
     Args:
         frame: as `table.load` returns it.
+        axes: two for each norm, in the frame's order: the upper one of the first norm, its lower one, and so on.
         x: "norm_batch_size" or "batch_size".
     """
-    rows, left_out = slice_axis(frame[frame["norm"] == norm], x)
+    evaluated = frame.loc[frame[[key for key in STATISTICS if key != "train_error"]].notna().any(axis="columns")]
+    rows, left_out = slice_axis(frame[frame["label"].isin(evaluated["label"])], x)
+    rows = rows.assign(x=place_cells(rows, x), panel=_name_panels(rows))
+    rows = rows.assign(**{name: rows[a] - rows[b] for name, (a, b, _) in PARTS.items()})
     frozen_epochs = rows.get("frozen_epochs", pd.Series(0, index=rows.index)).fillna(0)
     plain, frozen = rows[frozen_epochs == 0], rows[frozen_epochs > 0]
-    plain = plain.assign(**{name: plain[a] - (0 if b is None else plain[b]) for name, (a, b, _) in PARTS.items()})
-    left, right = figures.new_axes(2, (10.2, 3.9)) if axes is None else axes
-    lines = []
-    for value, (label, line) in STATISTICS.items():
-        lines.append((label, line, plain, value))
-    if len(frozen):
-        lines.append((*FROZEN, frozen, "test_error_ema"))
-    for _, line, own, value in lines:
-        _draw_line(left, own, x, value, line)
-    for name, (_, _, line) in PARTS.items():
-        _draw_line(right, plain, x, name, line)
-    right.axhline(0, color="0.6", linewidth=0.8)
-    positions = sorted(int(value) for value in rows[x].dropna().unique())
-    for ax in (left, right):
-        figures.set_log2_axis(ax, positions, decreasing=True)
-        ax.set_xlabel(figures.AXIS_LABELS[x])
-    left.set(title=label_norm(norm), ylabel="error after the last epoch (%)")
-    right.set(title=f"{label_norm(norm)}: parts of the test error", ylabel="points of error")
-    figures.add_legend(left, [(label, line) for label, line, _, _ in lines])
-    figures.add_legend(right, [(name, line) for name, (_, _, line) in PARTS.items()], **figures.OUTSIDE)
+    errors = [(label, line, plain, column) for column, (label, line) in STATISTICS.items()]
+    errors += [(*FROZEN, frozen, "test_error_ema")] if len(frozen) else []
+    parts = [(name, line, plain, name) for name, (_, _, line) in PARTS.items()]
+    norms = list(rows["panel"].unique())
+    axes = _new_pairs(len(norms), [label for label, *_ in [*errors, *parts]]) if axes is None else axes
+    positions = sorted(int(value) for value in rows["x"].dropna().unique())
+    for number, norm in enumerate(norms):
+        above, below = axes[2 * number : 2 * number + 2]
+        for ax, lines in ((above, errors), (below, parts)):
+            _draw_lines(ax, norm, lines, positions)
+            figures.set_log2_axis(ax, positions, decreasing=True)
+        figures.keep_to_percent(above)
+        below.axhline(0, color="0.6", linewidth=0.8)
+        above.set_title(figures.wrap_label(norm, 26))
+        below.set_xlabel(figures.AXIS_LABELS[x] if len(norms) == 1 else figures.name_axis(x))
+        if number % figures.MOST_COLUMNS == 0:
+            above.set_ylabel("error after the\nlast epoch (%)")
+            below.set_ylabel("points of error")
+    last = 2 * min(len(norms), figures.MOST_COLUMNS)
+    figures.add_legend(axes[last - 2], [(label, line) for label, line, *_ in errors])
+    figures.add_legend(axes[last - 1], [(name, line) for name, line, *_ in parts])
+    summaries = pd.concat([summarize(own, column) for _, _, own, column in errors])
     notes = [
-        "Means over seeds, of the last epoch; bars: 95 % t-interval",
+        f"{figures.describe_means(summaries)}.{figures.describe_cuts(summaries)}",
+        "In points: the parts of the test error with running averages minus the training error",
         figures.describe_runs(rows, x),
         left_out,
         *name_gaps(rows),
     ]
-    figures.add_figure_note(left.figure, notes)
-    return left, right
+    figures.add_figure_note(axes[0].figure, notes)
+    return axes
 
 
 @figures.styled
@@ -115,7 +129,8 @@ def responses(frame: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequen
                 va="center",
                 annotation_clip=False,
             )
-        ax.set(title=label, xlabel=figures.AXIS_LABELS["epoch"])
+        figures.set_epoch_axis(ax, mean.index.to_series())
+        ax.set_title(figures.wrap_label(label, 34))
     axes[0].set_ylabel("response before the last activation")
     note = "Percentiles over images, channels and positions, mean over seeds; each panel has its own scale."
     runs = rows.drop_duplicates(["sweep", "run"])
@@ -165,15 +180,54 @@ def error_vs_learning_rate(frame: pd.DataFrame, axes: Sequence[Axes] | None = No
         (label_norm(norm), {"color": style.color, "marker": style.marker, "linestyle": style.linestyle})
         for norm, style in styles.items()
     ]
-    figures.add_legend(axes[-1], handles, **figures.OUTSIDE)
+    figures.add_legend(axes[-1], handles)
     note = "Mean over seeds; ringed: the least, which sweep=tuned takes; crosses: a run diverged."
     figures.add_figure_note(axes[0].figure, [note, figures.describe_runs(frame), *name_gaps(frame)])
     return axes
 
 
-def _draw_line(ax: Axes, rows: pd.DataFrame, x: str, value: str, line: dict) -> None:
-    """The mean of `value` over seeds at each `x`, with its t-interval."""
-    summary = summarize(rows, value)
-    summary = summary[summary["n"] > 0].sort_values(x)
-    bars = [(summary["mean"] - summary["low"]).fillna(0), (summary["high"] - summary["mean"]).fillna(0)]
-    ax.errorbar(summary[x].astype(float), summary["mean"], yerr=bars, **line, capsize=2.5, elinewidth=1)
+def _name_panels(rows: pd.DataFrame) -> list[str]:
+    """The label of each row but for its frozen epochs, which are a line of the panel."""
+    names = []
+    for label, setting in zip(rows["label"], rows["setting"], strict=True):
+        rest = ", ".join(part for part in setting.split(", ") if not part.startswith("frozen_epochs="))
+        names.append(label.removesuffix(f" [{setting}]") + (f" [{rest}]" if rest else ""))
+    return names
+
+
+def _new_pairs(count: int, legend: Sequence[str]) -> list[Axes]:
+    """Two panels a norm, one above the other; upper ones have one scale, lower ones another."""
+    across = min(count, figures.MOST_COLUMNS)
+    down = math.ceil(count / across)
+    width, height = (4.2, 2.3) if count == 1 else (2.0, 1.8)
+    size = (width * across + 0.8 + figures.measure_legend(legend)[0], 2 * height * down + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(2 * down, across, squeeze=False)
+    pairs = [grid[row : row + 2, column] for row in range(0, 2 * down, 2) for column in range(across)]
+    for number, pair in enumerate(pairs):
+        for ax, first in zip(pair, pairs[0], strict=True):
+            if number >= count:
+                ax.remove()
+            elif ax is not first:
+                ax.sharey(first)
+                ax.tick_params(labelleft=number % across == 0)
+    return [ax for pair in pairs[:count] for ax in pair]
+
+
+def _draw_lines(ax: Axes, norm: str, lines: Sequence[tuple], positions: Sequence[int]) -> None:
+    """One norm's means over seeds at each place, with their t-intervals, a line a column, beside one another."""
+    gap = 0.8 * figures.find_gap(len(lines))
+    for number, (_, line, rows, column) in enumerate(lines):
+        own = rows[rows["panel"] == norm]
+        summary = summarize(own, column)
+        summary = summary.assign(x=summary["cell"].map(dict(zip(own["cell"], own["x"], strict=True))).astype(float))
+        summary = summary[summary["n"] > 0].sort_values("x")
+        if summary["x"].isna().all():  # one cell that holds for the whole axis
+            ends = [positions[0], positions[-1]] * len(summary)
+            summary = summary.loc[summary.index.repeat(2)].assign(x=ends)
+        summary["x"] *= 2 ** (gap * ((len(lines) - 1) / 2 - number))
+        bars = [(summary["mean"] - summary["low"]).fillna(0), (summary["high"] - summary["mean"]).fillna(0)]
+        look = {**line, "markersize": 4.5, "capsize": 2, "elinewidth": 1}
+        ax.errorbar(summary["x"], summary["mean"], yerr=np.array(bars, dtype=float), **look)
+        if column in STATISTICS:  # a percentage, and no difference
+            figures.mark_cuts(ax, summary, line["color"])
