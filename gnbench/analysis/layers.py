@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from gnbench.analysis import figures
 from gnbench.analysis.statistics import name_gaps
@@ -188,10 +187,10 @@ def _lay_out(frame: pd.DataFrame) -> _Layout:
     sizes = sorted(places.dropna().astype(int).unique(), reverse=True)
     chosen = _choose(sizes, figures.MOST_COLUMNS)
     columns = [
-        (f"{x.replace('_', ' ')} {size}", tabulate(kept[(places == size) | places.isna()])) for size in chosen
+        (f"{figures.name_axis(x)} {size}", tabulate(kept[(places == size) | places.isna()])) for size in chosen
     ] or [("", tabulate(kept))]
     hidden = [str(size) for size in sizes if size not in chosen]
-    more = f"Not shown: {x.replace('_', ' ')} {', '.join(hidden)}" if hidden else ""
+    more = f"Not shown: {figures.name_axis(x)} {', '.join(hidden)}" if hidden else ""
     every = frame.drop_duplicates(["sweep", "run"])
     return _Layout(kept, columns, [MEANS, figures.describe_runs(every, x), left_out, more, *name_gaps(every)])
 
@@ -269,7 +268,7 @@ def _finish(axes: np.ndarray, layout: _Layout, note: str) -> None:
         ax.set_title(title)
     for ax in axes.ravel():
         if ax.get_xscale() == "linear":
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            figures.set_whole_ticks(ax)
     figures.add_figure_note(axes[0, 0].figure, [note, *layout.notes])
 
 
@@ -282,4 +281,4 @@ def _set_log_axis(ax: Axes) -> None:
 
 def _add_legend(axes: np.ndarray, layout: _Layout, styles: dict, more: Sequence[tuple[str, dict]] = ()) -> None:
     lines = [(label, styles[label]) for label in layout.runs["label"].unique()]
-    figures.add_legend(axes[0, -1], [*lines, *more], **figures.OUTSIDE)
+    figures.add_legend(axes[0, -1], [*lines, *more])
