@@ -100,7 +100,7 @@ def list_facts(costs: pd.DataFrame) -> list[tuple[str, str]]:
         (
             "Cost: how",
             "; ".join(
-                f"{count_noun(int(row.cost_rounds), 'round')} in which BN and the norm take turns, "
+                f"{count_noun(int(row.cost_rounds), 'round')}, in each of which BN and the norm take turns, "
                 f"{row.cost_round_s:g} s of steps and of inference each"
                 for row in rounds.itertuples()
             ),
