@@ -369,6 +369,14 @@ def test_the_table_has_every_number(tmp_path):
     assert math.isnan(classifier["value"])
 
 
+def test_columns_of_norm_batches_are_named_as_on_the_axes(tmp_path):
+    for size in (4, 2):
+        keys = {"diagnostics": made_up(1.0)}
+        write_run(tmp_path, "bn", 4, norm_batch_size=size, test_error=20, history_keys=keys, num_epochs=1)
+    axes = layers.by_depth(table.curves(tmp_path), "sd")
+    assert [ax.get_title() for ax in axes[0]] == ["normalization batch size 4", "normalization batch size 2"]
+
+
 def test_activations_have_a_row_a_norm_and_a_column_a_batch_size(tmp_path):
     axes = layers.activations(write_runs(tmp_path))
     assert [ax.get_title() for ax in axes[0]] == ["batch size 4", "batch size 2"]
