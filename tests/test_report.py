@@ -340,7 +340,7 @@ def test_headline_of_a_norm_batch_sweep(tmp_path):
     write_run(tmp_path, "gn", 32, 0, test_error=11.0)
     write_run(tmp_path, "gn", 32, 1, test_error=11.2)
     assert report.headline(table.load(tmp_path)) == (
-        "From norm batch size 32 to 2, BN's test error rises by 4.0 points [3.7, 4.3] (10.1 to 14.1 %); "
+        "From normalization batch size 32 to 2, BN's test error rises by 4.0 points [3.7, 4.3] (10.1 to 14.1 %); "
         "GN's does not depend on it (11.1 %); n = 2 seeds a cell, 95 % intervals in brackets."
     )
 
@@ -350,7 +350,7 @@ def test_headline_of_the_papers_workers(tmp_path):
         write_run(tmp_path, "bn", 8 * images, norm_batch_size=images, test_error=error)
         write_run(tmp_path, "gn", 8 * images, test_error=11.0)
     assert report.headline(table.load(tmp_path)) == (
-        "From norm batch size 32 to 2, BN's test error rises by 4.0 points (10.0 to 14.0 %); "
+        "From normalization batch size 32 to 2, BN's test error rises by 4.0 points (10.0 to 14.0 %); "
         "GN's changes by less than 0.1 points (11.0 to 11.0 %); n = 1 seed a cell, too few for an interval."
     )
 

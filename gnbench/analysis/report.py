@@ -19,6 +19,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 REFRESH = '<meta http-equiv="refresh" content="{}">\n'
 WATCH_S = 30.0  # between two looks of --watch: a report takes seconds to draw
 MOST_CLAUSES = 4  # of the headline
+AXES = {"batch_size": "batch size", "norm_batch_size": "normalization batch size"}
 SUMMARY_COLUMNS = {  # of the page; summary.csv has more
     "label": "norm",
     "batch_size": "batch size",
@@ -213,7 +214,7 @@ def draw_figures(
     from gnbench.analysis import diagnosis, figures, layers, table
 
     drawn = {}
-    for x, words in (("batch_size", "batch size"), ("norm_batch_size", "normalization batch size")):
+    for x, words in AXES.items():
         if x in table.find_axes(frame):
             others = table.choose_reference(frame, x) if reference else None
             ax = figures.error_vs_batch_size(frame, decreasing=decreasing, x=x, reference=others)
@@ -289,7 +290,7 @@ def headline(frame: "pd.DataFrame") -> str:
         counts = ", ".join(f"{count} {status}" for status, count in frame["status"].value_counts(sort=False).items())
         return f"No run has finished ({counts})."
     sizes = sorted(summary["x"].dropna().astype(int).unique(), reverse=True)
-    words = x.replace("_", " ")
+    words = AXES[x]
     if len(sizes) < 2:
         return _headline_of_one_size(summary, f"{words} {sizes[0]}" if sizes else "every batch size")
     clauses, cells, has_interval = [], [], False
@@ -397,7 +398,7 @@ def _tell_change(name: tuple, cells: "pd.DataFrame", frame: "pd.DataFrame", x: s
     from gnbench.analysis import statistics
 
     label, subject = name
-    words = x.replace("_", " ")
+    words = AXES[x]
     if cells["x"].isna().all():  # one image at a time: the same run everywhere
         cell = cells.iloc[0]
         if problem := _find_problem(cell, "its batch size"):
