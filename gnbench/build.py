@@ -1,22 +1,12 @@
-"""Norms and models by name, for notebooks, and the check that a model takes a norm."""
+"""Norms and models by name, for notebooks, and a model from its config."""
 
-import copy
 import functools
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gnbench.configs import first_line, load_group, partial
-from gnbench.errors import UserError
-from gnbench.models import (
-    ConvWeight,
-    NormFactory,
-    brings_activation,
-    initialize,
-    norm_and_activation,
-    parametrize_weights,
-)
-from gnbench.precise_bn import update_precise_statistics
+from gnbench.configs import load_group, partial
+from gnbench.models import ConvWeight, NormFactory, initialize, parametrize_weights
+from gnbench.trial import check_norm
 
 
 def norm(name: str, weight: ConvWeight | None = None, **params: object) -> NormFactory:
@@ -81,96 +71,3 @@ def build_model(node: dict, norm: NormFactory, num_classes: int, seed: int) -> n
     placed = {id(layer) for layer in layers}
     model.norm_places = [name for name, module in model.named_modules() if id(module) in placed]
     return model
-
-
-def check_norm(node: dict, norm: NormFactory, label: str) -> None:
-    """Refuse a norm that cannot be built on every channel count of a model, or that does not behave as a layer.
-
-    Raises:
-        UserError: names the channel counts, or the convolution, on which it fails, and why.
-    """
-    counts, convs = _places(node)
-    reasons = {}
-    for num_channels in counts:
-        try:
-            _try_norm(norm, num_channels)
-        except Exception as error:  # a stranger's layer may raise anything
-            reasons[num_channels] = first_line(error)
-    if reasons:
-        failing, all_counts = (", ".join(map(str, numbers)) for numbers in (reasons, counts))
-        raise UserError(
-            f"{label} cannot be built on {failing} channels (model={node['name']} has norms on {all_counts}): "
-            f"{next(iter(reasons.values()))}"
-        )
-    for conv in convs if getattr(norm, "conv_weight", None) is not None else ():
-        try:
-            _try_weight(norm.conv_weight, conv)
-        except Exception as error:
-            raise UserError(
-                f"{label} cannot act on the weights of model={node['name']}, of shape {tuple(conv.weight.shape)}: "
-                f"{first_line(error)}"
-            ) from error
-
-
-def depends_on_batch(norm: NormFactory, num_channels: int = 16) -> bool:
-    """Whether in training an image's output changes with the images beside it. Random layers do not count."""
-    layer = norm_and_activation(norm, num_channels)[0].train()
-    x = 3 * _first_batch(num_channels) + 5  # far from the running statistics with which a layer starts
-    whole, again, half = (copy.deepcopy(layer)(images)[:2] for images in (x, x, x[:2]))
-    return torch.equal(whole, again) and not torch.allclose(whole, half, rtol=1e-3, atol=1e-4)
-
-
-@torch.enable_grad()
-def _try_norm(norm: NormFactory, num_channels: int) -> None:
-    """Build a norm wherever a model may ask for one; pass one batch through it, forth and back, and in evaluation."""
-    for options in ({"apply_act": True}, {"apply_act": False}) if brings_activation(norm) else ({},):
-        x = _first_batch(num_channels).requires_grad_()
-        layer = norm(num_channels, **options)
-        if not isinstance(layer, nn.Module):
-            raise TypeError(f"it returns {type(layer).__name__}, no torch.nn.Module")
-        y = layer.train()(x)
-        _require_same(x, y, "output")
-        y.square().sum().backward()
-        _require_same(x, x.grad, "gradient")
-        with torch.no_grad():
-            _require_same(x, norm(num_channels, **options).eval()(x), "output in evaluation")
-        update_precise_statistics(norm(num_channels, **options), [x])
-
-
-def _try_weight(conv_weight: ConvWeight, conv: nn.Conv2d) -> None:
-    _require_same(conv.weight, conv_weight(conv)(conv.weight), "weight")
-
-
-def _require_same(x: Tensor, y: object, what: str) -> None:
-    """Refuse what a layer gives for x, unless it is a finite tensor of the same shape."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"its {what} is of type {type(y).__name__}, not a tensor")
-    if y.shape != x.shape:
-        raise ValueError(f"it turns the shape {tuple(x.shape)} into {tuple(y.shape)}")
-    if not torch.isfinite(y).all():
-        raise ValueError(f"its {what} is not finite on a first batch of standard normal numbers")
-
-
-def _first_batch(num_channels: int) -> Tensor:
-    return torch.randn(4, num_channels, 4, 4, generator=torch.Generator().manual_seed(0))
-
-
-def channel_counts(node: dict) -> list[int]:
-    """The channel counts on which a model asks for a norm, ascending."""
-    return _places(node)[0]
-
-
-def _places(node: dict) -> tuple[list[int], list[nn.Conv2d]]:
-    """The channel counts on which a model asks for a norm, ascending, and a convolution of each shape that it has."""
-    counts = set()
-
-    def record(num_channels: int) -> nn.Module:
-        counts.add(num_channels)
-        return nn.Identity()
-
-    with torch.device("meta"):
-        model = partial(node)(record, 10)
-    convs = {module.weight.shape: module for module in model.modules() if isinstance(module, nn.Conv2d)}
-    return sorted(counts), [
-        nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, groups=conv.groups) for conv in convs.values()
-    ]

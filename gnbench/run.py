@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import gnbench
 from gnbench.board import Board, check_tensorboard
-from gnbench.build import build_model, check_norm, depends_on_batch
+from gnbench.build import build_model
 from gnbench.checkpoint import CURRENT, PREVIOUS, delete_checkpoints, load_checkpoints, save_checkpoint
 from gnbench.configs import arguments, partial
 from gnbench.cost import measure_cost
@@ -30,13 +30,12 @@ from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
 from gnbench.engine import check_engine, keep_freed_memory, make_engine
 from gnbench.errors import UserError
-from gnbench.models import norm_and_activation
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
-from gnbench.precise_bn import layers_with_statistics
 from gnbench.progress import Teller
 from gnbench.record import CORRUPT, LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Diverged, Engine, Training, summarize, train
+from gnbench.trial import check_batches, check_norm
 from gnbench.workers import broadcast, choose_own_gpu, count_workers, share_signals
 
 log = logging.getLogger(__name__)
@@ -52,13 +51,13 @@ class Interrupted(Exception):
 
 
 def check_runs(runs: list[Run], here: bool = True) -> None:
-    """Build every norm on every channel count of its model, before any training.
+    """Try every norm on every channel count of its model, before any training.
 
     Args:
         here: whether they are trained on this machine: only then are the device and the engine asked for.
 
     Raises:
-        UserError: a norm cannot be built there, or the device, the engine or TensorBoard is not to be had.
+        UserError: a norm cannot be used there, or the device, the engine or TensorBoard is not to be had.
     """
     if any(run.config["tensorboard"] for run in runs):
         check_tensorboard()
@@ -70,22 +69,10 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
             if here:
                 check_engine(run.config["engine"], choose_device(run.config["device"], run.config["precision"]))
             params = ", ".join(f"{k}={v}" for k, v in arguments(run.config["norm"]).items())
-            label = f"norm={run.config['norm']['name']} ({params})"
-            check_norm(run.config["model"], partial(run.config["norm"]), label)
-            _check_statistics(run.config["norm"])
-
-
-def _check_statistics(node: dict) -> None:
-    """Refuse a norm of the batch that does not say over how many images: it would be drawn as level."""
-    if "norm_batch_size" in node:
-        return
-    norm = partial(node)
-    keeps = layers_with_statistics(norm_and_activation(norm, 16)[0])
-    if keeps or depends_on_batch(norm):
-        raise UserError(
-            f"norm={node['name']} {'keeps running statistics' if keeps else 'depends on the other images'} of a batch: "
-            "its file needs the line norm_batch_size: ${norm_batch_size}, and its layer that argument"
-        )
+            name = f"norm={run.config['norm']['name']}"
+            label = f"{name} ({params})" if params else name
+            shape = check_norm(run.config["model"], partial(run.config["norm"]), label)
+            check_batches(run.config["norm"], shape, name)
 
 
 def execute(run: Run, progress: bool = False) -> dict:

@@ -9,7 +9,6 @@ import json
 
 import torch
 
-from gnbench.build import channel_counts
 from gnbench.configs import partial
 from gnbench.datasets.split import split_sizes
 from gnbench.engine import make_engine
@@ -19,6 +18,7 @@ from gnbench.models import norm_and_activation
 from gnbench.plan import Run, make_recipe, unverified_images
 from gnbench.run import Interrupted, choose_device, execute, make_training, set_arithmetic, stop_signals
 from gnbench.train import Diverged, train
+from gnbench.trial import channel_counts
 from gnbench.workers import FIRST, WorkerLost, broadcast, connected, count_workers, rank, share_signals
 
 

@@ -15,7 +15,6 @@ import gnbench
 import gnbench.norms
 from gnbench.analysis.figures import NORM_STYLES, SPARE_COLORS, style_norm
 from gnbench.analysis.table import NORM_LABELS
-from gnbench.build import depends_on_batch
 from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.configs import choices, describe_norm, load_group, partial
 from gnbench.engine import Eager
@@ -26,6 +25,7 @@ from gnbench.precise_bn import batch_statistics, layers_with_statistics, update_
 from gnbench.recipe import Recipe
 from gnbench.run import check_runs
 from gnbench.train import Training, train
+from gnbench.trial import depends_on_batch
 
 ZOO = [name for name in choices("norm") if name != "custom"]
 NODES = {name: load_group("norm", name, {}, {"norm_batch_size": 2}) for name in ZOO}

@@ -138,7 +138,7 @@ def test_the_installed_command_finds_a_module_in_the_directory_it_is_started_in(
     ("words", "sentence"),
     [
         ("norm=custom", "norm._target_ has no value: give it one"),
-        ("norm=custom norm._target_=mynorm.halve", "it turns the shape (4, 16, 4, 4) into (4, 16, 2, 2)"),
+        ("norm=custom norm._target_=mynorm.halve", "it turns the shape (4, 16, 32, 32) into (4, 16, 16, 16)"),
         ("norm=custom norm._target_=mynorm.not_a_number", "its output is not finite on a first batch"),
         ("norm=custom norm._target_=nomodule.Norm", "cannot be imported: No module named 'nomodule'"),
         ("norm=custom norm._target_=mynorm.Tanh +norm.beta=1", "unexpected keyword argument 'beta'"),

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import gnbench
-from gnbench.build import channel_counts
 from gnbench.configs import choices, load_group
 from gnbench.errors import UserError
 from gnbench.models import brings_activation
 from gnbench.norms import WeightStandardization
+from gnbench.trial import channel_counts
 
 NORMS = ["bn", "gn", "ln", "in"]
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_built_is_refused_in_a_sentence():
 
 
 def test_a_norm_that_changes_the_shape_or_returns_nan_is_refused():
-    with pytest.raises(UserError, match=r"turns the shape \(4, 16, 4, 4\) into \(4, 16, 16\)"):
+    with pytest.raises(UserError, match=r"turns the shape \(4, 16, 32, 32\) into \(4, 16, 1024\)"):
         gnbench.model("resnet8", norm=lambda num_channels: nn.Flatten(2))
     with pytest.raises(UserError, match="not finite"):
         gnbench.model("resnet8", norm=lambda num_channels: nn.Threshold(1e9, float("nan")))
@@ -222,6 +222,8 @@ class Faulty(nn.Module):
             return (x - x.detach()).square().sum((1, 2, 3), keepdim=True).sqrt() + x
         if self.fault == "detached":
             return x.detach()
+        if self.fault == "float64":
+            return x.double()
         if self.fault == "evaluation" and not self.training:
             return x.sum(0)
         return x
@@ -232,8 +234,9 @@ class Faulty(nn.Module):
     [
         ("list", "its output is of type list, not a tensor"),
         ("gradient", "its gradient is not finite on a first batch"),
-        ("detached", "does not require grad"),
-        ("evaluation", r"turns the shape \(4, 16, 4, 4\) into \(16, 4, 4\)"),
+        ("detached", "its output is cut off from its input"),
+        ("float64", "its output is of float64 where its input is of float32"),
+        ("evaluation", r"turns the shape \(4, 16, 32, 32\) into \(16, 32, 32\)"),
         ("statistics", "shape"),
     ],
 )
@@ -245,7 +248,7 @@ def test_a_layer_that_would_fail_later_is_refused_at_once(fault, sentence):
 def test_what_is_no_module_or_is_wrong_without_its_activation_alone_is_refused():
     with pytest.raises(UserError, match=r"it returns int, no torch\.nn\.Module"):
         gnbench.model("resnet8", norm=lambda num_channels: num_channels)
-    with pytest.raises(UserError, match=r"into \(4, 256\)"):
+    with pytest.raises(UserError, match=r"into \(4, 16384\)"):
         gnbench.model("resnet8", norm=lambda num_channels, apply_act: nn.ReLU() if apply_act else nn.Flatten())
 
 
