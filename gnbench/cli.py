@@ -35,6 +35,7 @@ from hydra_plugins.gnbench.slurm import Slurm, SlurmConf
 
 REFUSED = 2  # exit status of a command that was refused
 FAILED = 1  # of one in which a run failed
+UNKNOWN_KEY = r"Could not override '([^']+)'\.\s+To append to your config use (.+)"  # as Hydra says it
 FOR_SWEEPS = {PlanConf._target_: "hydra/launcher=plan tells of", SlurmConf._target_: "hydra/launcher=slurm submits"}
 
 
@@ -175,11 +176,14 @@ def _sentence(error: Exception) -> str:
         return text
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        return f"{group}={name} is not known: it is one of {', '.join(error.options or choices(group))}"
+        return (
+            f"{group}={name} is not known: it is one of {', '.join(error.options or choices(group))}; "
+            f"one of your own is a file DIR/{group}/{name}.yaml, found by --config-dir DIR"
+        )
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value: give it one, as in {error.full_key}=..."
-    if isinstance(error, ConfigCompositionException) and (match := re.match(r"Could not override '([^']+)'", text)):
-        return _unknown_key(match[1])
+    if isinstance(error, ConfigCompositionException) and (match := re.match(UNKNOWN_KEY, text)):
+        return _unknown_key(*match.groups())
     if isinstance(error, ConfigCompositionException) and (match := re.match(r"Error merging override (.*)", text)):
         return f"{match[1]} is not legal: {_first_line(error.__cause__)}"
     if isinstance(error, OverrideParseException):
@@ -198,9 +202,18 @@ def _is_of_group(error: Exception) -> bool:
     return isinstance(error, ValueError) and str(error).startswith("Config group override must be")
 
 
-def _unknown_key(key: str) -> str:
-    near = difflib.get_close_matches(key, [field.name for field in fields(Config)], n=1)
-    return f"{key} is not a key" + (f"; did you mean {near[0]}?" if near else ": gnbench --help lists the keys")
+def _unknown_key(key: str, added: str = "") -> str:
+    """What is wrong with a key that the config lacks; `added` is the word that would add it."""
+    group, _, parameter = key.partition(".")
+    if not parameter:
+        near = difflib.get_close_matches(key, [field.name for field in fields(Config)], n=1)
+        return f"{key} is not a key" + (f"; did you mean {near[0]}?" if near else ": gnbench --help lists the keys")
+    known = {each for name in choices(group) for each in OmegaConf.load(CONFIGS / group / f"{name}.yaml")}
+    near = [] if parameter in known else difflib.get_close_matches(parameter, known, n=1)
+    said = f"{key} is not a key of this {group}" + (f" (did you mean {group}.{near[0]}?)" if near else "")
+    if group != "norm":
+        return said
+    return f"{said}: a parameter of a layer of your own, by norm=custom, is added with a plus, {added}"
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -1,5 +1,6 @@
 """The YAML files of configs/, for the command line and for notebooks alike, and the objects that they name."""
 
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -140,12 +141,21 @@ def _resolve(node: dict) -> Callable:
     try:
         target = pkgutil.resolve_name(node["_target_"])
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{name} cannot be imported: {error}") from error
+        raise UserError(f"{name} cannot be imported: {error}{_hint(error, node['_target_'])}") from error
     except Exception as error:  # a stranger's module may raise anything while it is imported
         raise UserError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     if not callable(target):
         raise UserError(f"{name} is neither a class nor a function: it is a {type(target).__name__}")
     return target
+
+
+def _hint(error: Exception, target: str) -> str:
+    """Where an import path was looked for, or the name that is most like the one that is not there."""
+    if isinstance(error, ModuleNotFoundError) and error.name == target.replace(":", ".").partition(".")[0]:
+        return "; the current directory and Python's path were searched"
+    name, there = getattr(error, "name", None), getattr(error, "obj", None)
+    near = difflib.get_close_matches(name, dir(there), n=1) if isinstance(error, AttributeError) and name else None
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def first_line(error: Exception) -> str:

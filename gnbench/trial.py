@@ -154,8 +154,8 @@ def _check_sharing(node: dict, shape: Shape, label: str) -> None:
     if count > size - 1:
         raise UserError(
             f"{label} is given norm_batch_size={size} but its output depends on {count} other images of a batch of "
-            f"{batch_size}: it is to treat N images as N / norm_batch_size workers would, as the example of docs/norms.md "
-            "does, or to have norm_batch_size=null, if its statistics are always those of the whole batch"
+            f"{batch_size}: it is to treat N images as N / norm_batch_size workers would (docs/norms.md has an "
+            "example), or to have norm_batch_size=null, if its statistics are always those of the whole batch"
         )
 
 
