@@ -110,10 +110,11 @@ def train_run(run: Run, progress: bool) -> dict | None:
     return execute_together(run, progress)
 
 
-def describe(record: dict) -> str:
-    """A finished run in one line."""
+def describe(record: dict, varied: str = "") -> str:
+    """A finished run in one line; `varied` is what else its sweep varies."""
     config, result, cost = record["config"], record["result"], record.get("cost")
-    name = f"{config['norm']['name']} batch_size={config['batch_size']} seed={config['seed']}"
+    varied = f" {varied}" if varied else ""
+    name = f"{config['norm']['name']} batch_size={config['batch_size']}{varied} seed={config['seed']}"
     if cost is not None:
         return (
             f"{name} {cost['norm_format']} {config['precision']}: {cost['step_ms']:.2f} ms a step, "

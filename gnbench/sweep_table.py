@@ -6,9 +6,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gnbench.watch import Row, Screen, Watcher, duration, make_row, name_cells, name_seeds
+from gnbench.watch import Row, Screen, Watcher, duration, make_row, name_cells, name_seeds, number_of
 
 if TYPE_CHECKING:
+    from gnbench.plan import Run
     from hydra_plugins.gnbench.cores import Job
 
 REDRAW_S = 1.0
@@ -18,13 +19,17 @@ class SweepTable:
     """A row for each job under way, and how much of the sweep is done and left.
 
     What the jobs' processes print would land in the midst of it: `words` is a file for that, which is shown above.
+
+    Args:
+        jobs: what is to be done.
+        sweep: its runs, those that were finished before too: a run is named by what differs among them.
     """
 
-    def __init__(self, jobs: Sequence["Job"]) -> None:
+    def __init__(self, jobs: Sequence["Job"], sweep: Sequence["Run"]) -> None:
         self.num_runs = sum(len(job.indices) for job in jobs)
         self.cost = sum(job.cost for job in jobs)
-        runs = [run for job in jobs for run in job.runs or ()]
-        self.cells = dict(zip((run.digest for run in runs), name_cells([run.config for run in runs]), strict=True))
+        names = name_cells([run.config for run in sweep])
+        self.cells = {run.digest: name for run, name in zip(sweep, names, strict=True)}
         self.watcher = Watcher(fresh=True)
         self.screen = Screen()
 
@@ -57,7 +62,7 @@ class SweepTable:
         total.images_per_s = sum(row.images_per_s or 0.0 for row in rows) or None
         num_running = sum(len(job.indices) for job in running)
         self.screen.show(
-            f"{done} of {self.num_runs} runs done, {num_running} running, {failed} failed, "
+            f"{done} of {number_of(self.num_runs, 'run')} done, {num_running} running, {failed} failed, "
             f"{self.num_runs - done - failed - num_running} left; {duration(elapsed_s)} so far",
             rows,
             total,

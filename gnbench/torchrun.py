@@ -19,6 +19,7 @@ from gnbench.plan import Run, make_recipe, unverified_images
 from gnbench.run import Interrupted, choose_device, execute, make_training, set_arithmetic, stop_signals
 from gnbench.train import Diverged, train
 from gnbench.trial import channel_counts
+from gnbench.watch import number_of
 from gnbench.workers import FIRST, WorkerLost, broadcast, connected, count_workers, rank, share_signals
 
 
@@ -57,7 +58,8 @@ def check_workers(run: Run) -> None:
     for size in _batch_sizes(config):
         if size < count:
             raise UserError(
-                f"drop_last=false is not legal for {count} workers here: an epoch's last batch has {size} images, and "
+                f"drop_last=false is not legal for {count} workers here: an epoch's last batch has "
+                f"{number_of(size, 'image')}, and "
                 "each worker needs one"
             )
         if "norm_batch_size" in config["norm"]:

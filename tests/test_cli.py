@@ -102,6 +102,20 @@ def test_a_grid_runs_each_cell_once_and_then_nothing(gnbench, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/record.json")} == before
 
 
+def test_a_line_names_a_run_by_what_its_sweep_varies_also_when_it_is_the_last_that_is_left(gnbench, tmp_path):
+    grid = ("-m", *TINY, "norm=bn", "norm_batch_size=2,4", "max_steps=2")
+    _, _, *lines = gnbench(*grid).stdout.splitlines()
+    assert sorted(line[6:].partition(":")[0] for line in lines) == [
+        f"bn batch_size=8 norm_batch_size={size} seed=0" for size in (2, 4)
+    ]
+    next(tmp_path.glob("out/*nbs2*/record.json")).unlink()
+    _, how, line = gnbench(*grid, "hydra.launcher.num_processes=1").stdout.splitlines()
+    assert how == "one process at a time, a run each"
+    assert line.startswith("[1/1] bn batch_size=8 norm_batch_size=2 seed=0: test error ")
+    (count, *_) = gnbench(*grid, "norm_batch_size=2").stdout.splitlines()
+    assert count == "1 run: 1 finished, 0 to do"
+
+
 def test_launchers_and_a_single_run_give_the_same_records(gnbench, tmp_path):
     def numbers(directory: str) -> list:
         return [(r["digest"], [row["train_loss"] for row in r["history"]]) for r in records(tmp_path / directory)]

@@ -182,7 +182,7 @@ def two_workers(monkeypatch):
     [
         (["measure=cost"], "measure=cost is not legal for 2 workers: one process measures"),
         (["batch_size=9"], "batch_size=9 is not legal for 2 workers: it is a multiple of 2"),
-        (["data.train_size=81", "drop_last=false"], "an epoch's last batch has 1 images"),
+        (["data.train_size=81", "drop_last=false"], "an epoch's last batch has 1 image,"),
         (["norm=brn"], "norm=brn cannot be trained by 2 workers: 8 of 8 images share statistics"),
         (["norm=brn", *ODD], "norm=brn cannot be trained by 2 workers: 5 of 5 images share statistics"),
         (

@@ -165,9 +165,9 @@ def test_the_table_adds_up(tmp_path):
 
 def test_a_sweep_that_is_done_is_told_without_a_calibration(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(planning, "_calibrate_aside", None)
-    Plan(False, None, None).tell("1 runs: 1 finished, 0 to do", [plan_tiny(tmp_path)], [])
+    Plan(False, None, None).tell("1 run: 1 finished, 0 to do", [plan_tiny(tmp_path)], [])
     count, _, row, last = capsys.readouterr().out.splitlines()
-    assert count == "1 runs: 1 finished, 0 to do"
+    assert count == "1 run: 1 finished, 0 to do"
     assert row.split() == ["bn", "8", "8", "0", "of", "1", "24", "192", "–", "–"]
     assert last == "nothing is left to do"
 

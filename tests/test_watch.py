@@ -24,7 +24,7 @@ from test_cli import TINY, records, wait_for
 from gnbench import progress, watch
 from gnbench.plan import plan_run
 from gnbench.record import PROGRESS, RECORD, load_record, save_record
-from gnbench.watch import Row, Watcher, draw, is_terminal, make_row, name_cells, name_seeds
+from gnbench.watch import Row, Watcher, draw, is_terminal, make_row, name_cells, name_seeds, name_varied, number_of
 
 TOKENS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x1b]")
 TOLD = {"step": 25, "num_steps": 100, "epoch": 3, "num_epochs": 10, "images_per_s": 80.0, "host": "node7", "pid": 7}
@@ -241,10 +241,31 @@ def test_names_tell_what_differs_and_nothing_else():
     assert name_cells([config(), config("bn", groups=None), config(seed=1)]) == ["gn bs8", "bn bs8", "gn bs8"]
     assert name_cells([config(), config(groups=2)]) == ["gn bs8 num_groups=8", "gn bs8 num_groups=2"]
     assert name_cells([config("bn", norm_batch_size=2)]) == ["bn bs8 nbs2"]
+    sizes = [config("bn", norm_batch_size=size) for size in (8, 2)]
+    assert name_cells([*sizes, config(norm_batch_size=None)]) == ["bn bs8 nbs8", "bn bs8 nbs2", "gn bs8"]
     two = [config(model={"name": name, "depth": depth}) for name, depth in (("resnet8", 1), ("resnet20", 3))]
     assert name_cells(two) == ["gn bs8 resnet8", "gn bs8 resnet20"]
     assert name_cells([config(device="cpu"), config(device="cuda")]) == ["gn bs8"] * 2
     assert [name_seeds(seeds) for seeds in ([3], [1, 0], [2, 0, 1], [0, 2, 7])] == ["s3", "s0,1", "s0-2", "s0,2,7"]
+
+
+def test_the_line_of_a_run_names_what_its_sweep_varies_besides_batch_size_and_seed():
+    def config(norm="gn", batch_size=8, groups=8, **keys):
+        return make_config(norm, batch_size, **{"seed": 0, **keys}, norm_keys={"num_groups": groups})
+
+    assert name_varied([config(), config(batch_size=4), config(seed=1), config("ln", groups=None)]) == [""] * 4
+    whole = [config("bn", size, norm_batch_size=size, base_lr=size / 100) for size in (8, 4)]
+    assert name_varied(whole) == ["", ""], "what goes with the batch size is told by it"
+    split = [config("bn", norm_batch_size=size) for size in (8, 2)]
+    assert name_varied([*split, config(norm_batch_size=None)]) == ["norm_batch_size=8", "norm_batch_size=2", ""]
+    grid = [config(groups=groups, base_lr=lr) for groups in (2, 4) for lr in (0.1, 0.2)]
+    assert sorted(name_varied(grid)[0].split()) == ["base_lr=0.1", "num_groups=2"]
+    assert len(set(name_varied(grid))) == 4
+
+
+def test_one_thing_is_not_several():
+    assert [number_of(n, "run") for n in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
+    assert [number_of(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
 
 
 @pytest.mark.parametrize("height", [4, 6, 12, 40])

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from gnbench.errors import UserError
 from gnbench.record import RECORD, load_record
 from gnbench.sweep_table import REDRAW_S, SweepTable, print_into
-from gnbench.watch import duration, is_terminal
+from gnbench.watch import duration, is_terminal, name_varied
 
 TRIES = 2  # of a run whose process dies without a word
 MOST_ON_A_GPU = 8  # processes; each holds a context of some 500 MB
@@ -89,7 +89,10 @@ class Child:
 
 
 class Cores(Launcher):
-    """Runs side by side in processes. `runs`, where a sweeper sets it, are the planned runs of the jobs."""
+    """Runs side by side in processes.
+
+    A sweeper sets `runs`, the planned runs of the jobs, and `sweep`, all of its grid, those that are finished too.
+    """
 
     def __init__(
         self, num_processes: int | None, seeds_per_process: int | None = None, stall_s: float | None = None
@@ -98,6 +101,7 @@ class Cores(Launcher):
         self.seeds_per_process = seeds_per_process
         self.stall_s = stall_s
         self.runs: list[Any] | None = None
+        self.sweep: list[Any] | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
@@ -113,9 +117,9 @@ class Cores(Launcher):
             groups = self._group(self.runs)
             jobs = [Job(group, [overrides[i] for i in group], [self.runs[i] for i in group]) for group in groups]
             print(self._describe(jobs), flush=True)
-        returns = _Pool(self._context(), self._num_processes(), self.stall_s, initial_job_idx, self._payload()).run(
-            jobs
-        )
+        sweep = self.sweep or self.runs or []
+        pool = _Pool(self._context(), self._num_processes(), self.stall_s, initial_job_idx, self._payload(), sweep)
+        returns = pool.run(jobs)
         return [returns[index] for index in range(len(overrides))]
 
     def _check(self) -> None:
@@ -157,7 +161,7 @@ class Cores(Launcher):
 
     def _describe(self, jobs: list[Job]) -> str:
         together = [len(job.indices) for job in jobs if len(job.indices) > 1]
-        text = f"up to {self._num_processes()} processes side by side"
+        text = side_by_side(self._num_processes(), most=True)
         if not together:
             return f"{text}, a run each"
         return f"{text}; {sum(together)} runs of small batches go {max(together)} seeds as one network, which is faster"
@@ -195,16 +199,23 @@ class _Pool:
     """Starts jobs as processes come free, and prints a line as each of their runs ends."""
 
     def __init__(
-        self, context: Any, num_processes: int, stall_s: float | None, first_index: int, payload: tuple
+        self,
+        context: Any,
+        num_processes: int,
+        stall_s: float | None,
+        first_index: int,
+        payload: tuple,
+        sweep: list[Any],
     ) -> None:
         self.context, self.num_processes, self.stall_s = context, num_processes, stall_s
         self.first_index, self.payload = first_index, payload
+        self.sweep, self.varied = sweep, find_varied(sweep)
         self.running: dict[Connection, Child] = {}
         self.returns: dict[int, JobReturn] = {}
         self.table: SweepTable | None = None
 
     def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
-        with SweepTable(jobs) if is_terminal() else contextlib.nullcontext() as self.table:
+        with SweepTable(jobs, self.sweep) if is_terminal() else contextlib.nullcontext() as self.table:
             self._run(jobs)
         return self.returns
 
@@ -303,7 +314,7 @@ class _Pool:
         failed = sum(each.status == JobStatus.FAILED for each in self.returns.values())
         left = self.num_runs - len(self.returns)
         print(
-            f"[{len(self.returns)}/{self.num_runs}] {describe_end(returned)}"
+            f"[{len(self.returns)}/{self.num_runs}] {describe_end(returned, self.varied)}"
             + (f" | {failed} failed" if failed else "")
             + (f" | {left} left, about {duration(left_s)}" if left else f" | all in {duration(elapsed_s)}"),
             flush=True,
@@ -405,13 +416,27 @@ def _trace(job: Job) -> list:
     return trace
 
 
-def describe_end(returned: JobReturn) -> str:
-    """How a run ended, in one line."""
+def find_varied(sweep: list[Any]) -> dict[str, str]:
+    """What else than norm, batch_size and seed tells each run of a sweep from the others of its norm, by its digest."""
+    varied = name_varied([run.config for run in sweep])
+    return {run.digest: words for run, words in zip(sweep, varied, strict=True)}
+
+
+def describe_end(returned: JobReturn, varied: dict[str, str]) -> str:
+    """How a run ended, in one line; `varied` is of `find_varied`."""
     from gnbench.cli import describe
 
     if returned.status == JobStatus.FAILED:
         return f"{' '.join(returned.overrides)}: failed, {returned._return_value}"
-    return describe(returned.return_value)
+    record = returned.return_value
+    return describe(record, varied.get(record["digest"], ""))
+
+
+def side_by_side(num_processes: int, most: bool = False) -> str:
+    """How many processes there are at a time, or at most."""
+    if num_processes == 1:
+        return "one process at a time"
+    return f"{'up to ' if most else ''}{num_processes} processes side by side"
 
 
 def exit_word(code: int | None) -> str:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from gnbench.errors import SweepFailed, UserError
 from gnbench.record import LOG, RECORD, load_record
+from gnbench.watch import number_of
 from gnbench.workers import count_workers
 from hydra_plugins.gnbench.composer import Composer
 
@@ -54,19 +55,20 @@ class Grid(Sweeper):
             run = plan(composer.compose(overrides), in_sweep=True)
             runs.setdefault(run.directory, (run, overrides))
         left = [(run, overrides) for run, overrides in runs.values() if not run.is_finished()]
-        count = _count(len(cells), len(runs), len(left))
+        told = _count(len(cells), len(runs), len(left))
         if hasattr(self.launcher, "tell"):  # what would be done, of finished runs too, and does nothing
             self._check(left)
-            self.launcher.tell(count, [run for run, _ in runs.values()], [run for run, _ in left])
+            self.launcher.tell(told, [run for run, _ in runs.values()], [run for run, _ in left])
             return []
         if count_workers() > 1:
             return _train_together([run for run, _ in runs.values()])
-        print(count, flush=True)
+        print(told, flush=True)
         if not left:
             return []
         self._check(left)
         if hasattr(self.launcher, "runs"):  # it takes them as they are planned, and composes nothing again
             self.launcher.runs = [run for run, _ in left]
+            self.launcher.sweep = [run for run, _ in runs.values()]
         returns = list(self.launcher.launch([overrides for _, overrides in left], initial_job_idx=0))
         _raise_failures([run for run, _ in left], returns)
         return returns
@@ -96,8 +98,8 @@ def _train_together(runs: list[Any]) -> list[JobReturn]:
 
 
 def _count(num_cells: int, num_runs: int, num_left: int) -> str:
-    equal = f" ({num_cells} cells; some are one and the same run)" if num_cells != num_runs else ""
-    return f"{num_runs} runs{equal}: {num_runs - num_left} finished, {num_left} to do"
+    equal = f" ({number_of(num_cells, 'cell')}; some are one and the same run)" if num_cells != num_runs else ""
+    return f"{number_of(num_runs, 'run')}{equal}: {num_runs - num_left} finished, {num_left} to do"
 
 
 def _raise_failures(runs: list[Any], returns: list[JobReturn]) -> None:
@@ -107,7 +109,9 @@ def _raise_failures(runs: list[Any], returns: list[JobReturn]) -> None:
         if returned.status == JobStatus.FAILED
     ]
     if failed:
-        raise SweepFailed(f"{len(failed)} of {len(runs)} runs failed; the others are kept\n" + "\n".join(failed))
+        raise SweepFailed(
+            f"{len(failed)} of {number_of(len(runs), 'run')} failed; the others are kept\n" + "\n".join(failed)
+        )
 
 
 def _settle(run: Any, returned: JobReturn) -> str:

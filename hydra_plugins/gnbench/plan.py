@@ -20,8 +20,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 
 from gnbench.errors import UserError
-from gnbench.watch import duration
-from hydra_plugins.gnbench.cores import Cores, exit_word
+from gnbench.watch import duration, number_of
+from hydra_plugins.gnbench.cores import Cores, exit_word, side_by_side
 
 if TYPE_CHECKING:  # --help need not wait for torch and pandas
     import pandas as pd
@@ -122,7 +122,8 @@ class Plan(Cores):
         if not kinds:
             return {}
         print(
-            f"calibrating: {len(kinds)} kinds of run train and test for about 2 s each, on a copy that is thrown away",
+            f"calibrating: {number_of(len(kinds), 'kind')} of run, about 2 s of steps and tests each, on a copy that "
+            "is thrown away",
             flush=True,
         )
         context = self._context()
@@ -140,7 +141,8 @@ class Plan(Cores):
         if not left:
             return ["nothing is left to do"]
         work = [count_work(run) for run in left]
-        lines = [f"left: {len(left)} runs, {sum(w.steps for w in work)} steps, {sum(w.images for w in work)} images"]
+        steps, images = sum(each.steps for each in work), sum(each.images for each in work)
+        lines = [f"left: {number_of(len(left), 'run')}, {number_of(steps, 'step')}, {number_of(images, 'image')}"]
         known = [calibration for calibration in calibrations.values() if not isinstance(calibration, str)]
         if known:
             in_order = sorted(groups, key=lambda group: -sum(run.cost for run in group))  # as Cores starts them
@@ -150,8 +152,8 @@ class Plan(Cores):
             least = "" if all(calibration.whole for calibration in known) else "at least "
             whose = " of the GPU" if self._on_gpu() else ""
             lines += [
-                f"estimated: {_format_time(total_s)} on this machine with up to {self._num_processes()} processes side "
-                f"by side; {least}about {memory:.0f} MB of memory{whose} a process at its peak",
+                f"estimated: {_format_time(total_s)} on this machine with {side_by_side(self._num_processes(), True)}; "
+                f"{least}about {memory:.0f} MB of memory{whose} a process at its peak",
                 "it counts the tests of every epoch, the errors by statistics at the end, and each run from its start;",
                 "it leaves out checkpoints, and whatever else the machine will have to do",
             ]

@@ -18,7 +18,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from gnbench.errors import UserError
-from hydra_plugins.gnbench.cores import MOST_ON_A_GPU, STOP_S, Cores, describe_end, end_of
+from gnbench.watch import number_of
+from hydra_plugins.gnbench.cores import MOST_ON_A_GPU, STOP_S, Cores, describe_end, end_of, find_varied, side_by_side
 
 FOLDER = ".submitit"  # in the results: scripts, logs, and pickles of what is to be done and of how it went
 POLL_S = 2.0  # between two looks for tasks that have ended
@@ -199,8 +200,9 @@ class Slurm(Cores):
             raise UserError(f"sbatch does not take the sweep: {' '.join(str(error).split())}") from error
         most = max(len(task.runs) for task in tasks)
         print(
-            f"{'processes' if self.here else 'array'} {_array(jobs)}: {len(tasks)} tasks of up to {most} runs, "
-            f"{self._num_processes()} processes side by side in each; their logs: {folder}",
+            f"{'processes' if self.here else 'array'} {_array(jobs)}: {number_of(len(tasks), 'task')} of "
+            f"{'up to ' if most > 1 else ''}{number_of(most, 'run')}, {side_by_side(self._num_processes())} in each; "
+            f"their logs: {folder}",
             flush=True,
         )
         return jobs
@@ -210,13 +212,14 @@ class Slurm(Cores):
         from submitit.helpers import as_completed
 
         returns: dict[int, JobReturn] = {}
+        varied = find_varied(self.sweep or self.runs)
         of_job = {job.job_id: pair for job, *pair in zip(jobs, parcels, tasks, strict=True)}
         for job in as_completed(jobs, poll_frequency=POLL_S):
             parcel, task = of_job[job.job_id]
             for index, returned in zip(parcel, _collect(job, task), strict=True):
                 returns[index] = returned
                 left = len(self.runs) - len(returns)
-                print(f"[{len(returns)}/{len(self.runs)}] {describe_end(returned)} | {left} left", flush=True)
+                print(f"[{len(returns)}/{len(self.runs)}] {describe_end(returned, varied)} | {left} left", flush=True)
         return [returns[index] for index in range(len(self.runs))]
 
 
