@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TESTS, environment, tiny_config
 
 import gnbench.norms
@@ -14,6 +17,7 @@ from gnbench.analysis.figures import error_vs_batch_size
 from gnbench.analysis.table import load
 from gnbench.configs import add_source, hash_source
 from gnbench.errors import UserError
+from gnbench.norms import BatchNorm
 from gnbench.plan import Run, plan_run
 
 TINY = ("data=tiny", "model=resnet8", "epochs=1", "batch_size=8", "num_threads=1", "results=out")
@@ -86,9 +90,9 @@ def plan(*words: str) -> Run:
 # In processes
 
 
-def read_block(language: str) -> str:
-    """The first block of code of docs/norms.md in a language."""
-    return (ROOT / "docs" / "norms.md").read_text().partition(f"```{language}\n")[2].partition("```")[0]
+def read_block(language: str, place: int = 0) -> str:
+    """The first block of code of docs/norms.md in a language, or a later one."""
+    return (ROOT / "docs" / "norms.md").read_text().split(f"```{language}\n")[1 + place].partition("```")[0]
 
 
 def test_the_page_about_norms_takes_an_outside_norm_into_the_figure_and_the_report(tmp_path):
@@ -109,6 +113,43 @@ def test_the_page_about_norms_takes_an_outside_norm_into_the_figure_and_the_repo
     for words in ("mynorm.MyNorm", f"hash {mine['source']}", "Group Normalization", "arXiv:1803.08494", "batch"):
         assert words in page
     assert "mynorm" in error_vs_batch_size(load(tmp_path / "results" / "mine")).get_legend().get_texts()[2].get_text()
+
+
+def test_the_pages_norm_of_the_batch_trains_at_each_normalization_batch_size_and_is_bn(gnbench, tmp_path, monkeypatch):
+    (tmp_path / "mybatchnorm.py").write_text(read_block("python", 1))
+    (line,) = re.findall(
+        r"^gnbench (-m .*mybatchnorm.*) norm_batch_size=32,8,2$", (ROOT / "docs/norms.md").read_text(), re.M
+    )
+    words = [*TINY, "norm_batch_size=8,4,1", "drop_last=false", "data.train_size=93"]  # its last batch has 5 images
+    done = gnbench(*shlex.split(line), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {record["status"] for record in records(tmp_path / "out")} == {"done"}
+    assert all(len(record["result"]["test_error_by_statistics"]) == 3 for record in records(tmp_path / "out"))
+    monkeypatch.syspath_prepend(tmp_path)
+    from mybatchnorm import MyBatchNorm
+
+    x = torch.randn(8, 4, 3, 3, dtype=torch.float64)
+    for size in (None, 2):
+        mine, theirs = MyBatchNorm(4, size).double(), BatchNorm(4, size).double()
+        workers = torch.arange(8).view(-1, 4).T.flatten() if size else torch.arange(8)  # theirs are dealt out
+        torch.testing.assert_close(mine(x[workers]), theirs(x)[workers])
+        torch.testing.assert_close(mine.running_mean.flatten(), theirs.running_mean)
+
+
+def test_the_runs_of_an_old_source_are_found_and_deleted_as_the_page_says(gnbench, mynorm, tmp_path):
+    words = (*TINY, "max_steps=1", "norm=custom", "norm._target_=mynorm.Tanh", "results=results/mine")
+    assert gnbench(*words).returncode == 0
+    mynorm.write_text(MYNORM.replace("tanh", "sin"))
+    assert gnbench(*words).returncode == 0
+    first, second = (
+        record["config"]["norm"]["source"]
+        for record in sorted(records(tmp_path / "results/mine"), key=lambda record: record["config"]["norm"]["source"])
+    )
+    (line,) = re.findall(r"^gnbench-runs (.*) --delete --yes$", (ROOT / "docs/norms.md").read_text(), re.M)
+    command = [sys.executable, "-m", "gnbench.analysis.runs", *shlex.split(line.replace("2b48a62ed354", first))]
+    done = subprocess.run([*command, "--delete", "--yes"], cwd=tmp_path, env=environment(), capture_output=True)
+    assert done.returncode == 0
+    assert [record["config"]["norm"]["source"] for record in records(tmp_path / "results/mine")] == [second]
 
 
 def test_norms_in_files_of_the_users_own_bring_activations_and_act_on_weights(gnbench, mynorm, tmp_path):
