@@ -3,6 +3,7 @@
 A layer belongs here if it keeps buffers named `running_...`, whatever its class. The population's values are written
 to `running_mean` and `running_var`, where it has them, of (C,) or as many elements; a layer whose statistics are others
 takes them by a method `set_statistics(mean, square)`, the population's mean of x and of x^2 for each channel (C,).
+Its attribute `norm_batch_size`, where it has one, is None while the population's are measured: the whole batch.
 """
 
 import contextlib
