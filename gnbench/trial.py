@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gnbench.configs import partial
+from gnbench.configs import first_line, partial
 from gnbench.errors import UserError
 from gnbench.models import ConvWeight, NormFactory, brings_activation, norm_and_activation
 from gnbench.precise_bn import layers_with_statistics, update_precise_statistics
@@ -292,15 +292,22 @@ def channel_counts(node: dict) -> list[int]:
 
 
 def _places(node: dict) -> tuple[list[int], list[nn.Conv2d]]:
-    """The channel counts on which a model asks for a norm, ascending, and a convolution of each shape that it has."""
+    """The channel counts on which a model asks for a norm, ascending, and a convolution of each shape that it has.
+
+    Raises:
+        UserError: the model cannot be built, with whatever norm.
+    """
     counts = set()
 
     def record(num_channels: int) -> nn.Module:
         counts.add(num_channels)
         return nn.Identity()
 
-    with torch.device("meta"):
-        model = partial(node)(record, 10)
+    try:
+        with torch.device("meta"):
+            model = partial(node)(record, 10)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model={node['name']} cannot be built: {first_line(error)}") from error
     convs = {module.weight.shape: module for module in model.modules() if isinstance(module, nn.Conv2d)}
     return sorted(counts), [
         nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, groups=conv.groups) for conv in convs.values()

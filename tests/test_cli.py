@@ -50,6 +50,7 @@ def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
         ("batchsize=2", "batchsize is not a key; did you mean batch_size?"),
         ("+bath_size=3", "bath_size is not a key; did you mean batch_size?"),
         ("device=meta", "device=meta is not legal: it is auto, cpu, cuda"),
+        ("model=resnet20 model.depth=9", "model=resnet20 cannot be built: depth=9 is not 6n + 2"),
         ("sweep=null", "a config group takes the name of one of its files, as in norm=gn"),
         ("results=r\u00e9", "results=r\u00e9 cannot be read as key=value: "),
         ("norm=foo", "norm=foo is not known: it is one of batch_group, bcn, "),

@@ -413,10 +413,15 @@ def _distinguish(frame: pd.DataFrame, keys: list[str]) -> list[str]:
 
 
 def _describe(frame: pd.DataFrame, keys: list[str], short: dict) -> list[str]:
-    """One text a row, like "num_groups=8, eps=1e-05"; a key without a value is not told."""
+    """One text a row, like "num_groups=8, eps=1e-05"; a key without a value is not told, a long digest by its start."""
+    rows = [{key: write_value(row[key]) for key in keys} for row in frame.to_dict("records")]
     return [
-        ", ".join(f"{short.get(key, key)}={write_value(row[key])}" for key in keys if write_value(row[key]))
-        for row in frame.to_dict("records")
+        ", ".join(
+            f"{short.get(key, key)}={value[:8] if key == 'data_fingerprint' else value}"
+            for key, value in row.items()
+            if value
+        )
+        for row in rows
     ]
 
 
