@@ -69,7 +69,7 @@ class Cell:
 BATCHES = (2, 8, 32, 128)
 CELLS = [Cell(norm, batch) for batch in BATCHES for norm in ("bn", "gn", "ln", "in", "none")]
 CELLS += [Cell("bn", 128, size) for size in (2, 8, 32)]
-CELLS += [Cell(norm, batch, precision="bf16") for batch in BATCHES for norm in ("bn", "gn")]
+CELLS += [Cell(norm, batch, precision="bf16") for batch in BATCHES for norm in ("bn", "gn", "ln", "in")]
 
 
 class RandomImages(torch.utils.data.Dataset):
