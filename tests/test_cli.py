@@ -175,7 +175,9 @@ def test_a_signal_stops_at_a_step_and_the_run_goes_on_from_there(gnbench, tmp_pa
     assert [row["train_loss"] for row in resumed["history"]] == [row["train_loss"] for row in whole["history"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_killed_sweep_takes_its_processes_with_it_and_resumes(gnbench, tmp_path, number):
     words = ("-m", *TINY, "norm=bn", "epochs=12", "seed=0,1,2", "checkpoint_s=0.2")
     process = start(tmp_path, *words)
