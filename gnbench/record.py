@@ -25,6 +25,13 @@ LOCK = ".lock"  # held while a process trains the run; the system lets go of it 
 STATUSES = ("running", "done", "diverged", "failed", "interrupted")
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
 PART = ".part"  # ends the name of a file that is still being written
+WRONG_KIND = (
+    TypeError,
+    KeyError,
+    AttributeError,
+    ValueError,
+    OverflowError,
+)  # what a strange value makes a reader raise
 CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is kept as evidence
 
 # What decides how or where a run is executed, not what is trained. `device` and `engine` belong here although they
@@ -59,6 +66,11 @@ def save_record(path: Path | str, record: dict) -> None:
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     # a path that is no Unicode holds lone surrogates; backslashreplace turns them into JSON's own escapes
     write_atomic(Path(path), text.encode(errors="backslashreplace") + b"\n")
+
+
+def name_wrong_kind(error: Exception) -> str:
+    """What is wrong with a record, whole by its checksum, on whose values a reader stumbled by one of WRONG_KIND."""
+    return f"has a value of another kind than a record's ({type(error).__name__}: {error})"
 
 
 def load_record(path: Path | str) -> dict:

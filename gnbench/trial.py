@@ -227,7 +227,7 @@ def _build(norm: NormFactory, num_channels: int, options: dict) -> nn.Module:
     try:
         layer = norm(num_channels, **options)
     except (TypeError, ValueError) as error:  # what wrong arguments raise, which need no such word
-        raise _NotBuilt(f"{error}{_place(error)}".partition("\n")[0]) from error
+        raise _NotBuilt(f"{first_line(error)}{_place(error)}") from error
     except Exception as error:  # a stranger's layer may raise anything
         raise _NotBuilt(_explain(error)) from error
     if not isinstance(layer, nn.Module):

@@ -227,9 +227,9 @@ def name_seeds(seeds: Sequence[int | None]) -> str:
     return f"s{seeds[0]}-{seeds[-1]}" if in_a_row else f"s{','.join(map(str, seeds))}"
 
 
-def number_of(number: int, noun: str) -> str:
-    """A number of things: 1 run, 2 runs, 2 processes."""
-    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+def number_of(number: int | str, noun: str) -> str:
+    """A number of things: 1 run, 2 runs, 1 to 3 runs, 2 processes."""
+    return f"{number} {noun}" + ("" if str(number) == "1" else "es" if noun.endswith("s") else "s")
 
 
 def duration(seconds: float) -> str:

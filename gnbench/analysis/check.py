@@ -9,7 +9,7 @@ from pathlib import Path
 import filelock
 
 from gnbench.errors import UserError
-from gnbench.record import CORRUPT, FINISHED, LOCK, PART, RECORD, STATUSES, load_record
+from gnbench.record import CORRUPT, FINISHED, LOCK, PART, RECORD, STATUSES, WRONG_KIND, load_record, name_wrong_kind
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size  # that end a checkpoint
 
@@ -66,8 +66,8 @@ def _check_run(place: Path) -> list[str]:
         return [*sentences, str(error).removeprefix(f"{path}: ")]
     try:
         return sentences + _check_identity(place, record) + _check_status(place, record) + _check_numbers(record)
-    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-        return [*sentences, f"has a value of another kind than a record's ({type(error).__name__}: {error})"]
+    except WRONG_KIND as error:
+        return [*sentences, name_wrong_kind(error)]
 
 
 def _check_files(place: Path) -> list[str]:

@@ -21,13 +21,13 @@ from gnbench.analysis.statistics import (
     compare_paired,
     compare_paired_t,
     compare_welch,
-    count_noun,
     name_cell,
     seeds_needed,
     seeds_needed_for_equivalence,
     values_by_seed,
 )
 from gnbench.analysis.table import count_norm_batches, find_groups, label_norm, slice_axis
+from gnbench.watch import number_of
 
 HOLDS, FAILS, OPEN, NOT_TESTED = "holds", "does not hold", "cannot tell yet", "not tested"
 MARGIN = 1.0  # points of test error: less counts as level, more as a rise
@@ -404,7 +404,7 @@ def decide_groups(tried: Sequence[Cell], one_group: Cell, one_channel: Cell) -> 
         verdict, index = FAILS, int(np.argmax(losses))
     else:
         verdict, index = OPEN, min(range(len(tried)), key=lambda index: tried[index].values.mean())
-    family, p = f"Holm over {count_noun(len(tried), 'grouping')}", wins[index]
+    family, p = f"Holm over {number_of(len(tried), 'grouping')}", wins[index]
     if verdict == FAILS:
         family, p = "Holm over 2 extremes", losses[index]
     parts = [replace(part, p_holm=p, family=family, alpha=ALPHA / len(tried)) for part in pairs[index]]
@@ -540,12 +540,12 @@ def _find_problem(rows: pd.DataFrame, name: str, num_seeds: int) -> str:
     """Why a cell cannot be judged, or nothing."""
     for status in ("diverged", "failed"):
         if (rows["status"] == status).any():
-            return f"{name}: {(rows['status'] == status).sum()} of {count_noun(len(rows), 'run')} {status}"
+            return f"{name}: {(rows['status'] == status).sum()} of {number_of(len(rows), 'run')} {status}"
     if (rows["status"] != "done").any():
-        return f"{name}: {(rows['status'] != 'done').sum()} of {count_noun(len(rows), 'run')} not finished"
+        return f"{name}: {(rows['status'] != 'done').sum()} of {number_of(len(rows), 'run')} not finished"
     if rows["cell"].nunique() > 1:
         return f"{name} is {rows['cell'].nunique()} cells of different configurations"
-    return f"{name} has {count_noun(num_seeds, 'seed')}; 2 or more are needed" if num_seeds < 2 else ""
+    return f"{name} has {number_of(num_seeds, 'seed')}; 2 or more are needed" if num_seeds < 2 else ""
 
 
 def _combine(parts: Sequence[Part]) -> float:

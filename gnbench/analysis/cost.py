@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from gnbench.analysis import figures, table
-from gnbench.analysis.statistics import count_noun, summarize
+from gnbench.analysis.statistics import summarize
+from gnbench.watch import number_of
 
 COLUMNS = (  # of cost.csv
     *("norm", "variant", "setting", "label", "batch_size", "norm_batch_size", "num_groups", "channels_per_group"),
@@ -100,7 +101,7 @@ def list_facts(costs: pd.DataFrame) -> list[tuple[str, str]]:
         (
             "Cost: how",
             "; ".join(
-                f"{count_noun(int(row.cost_rounds), 'round')}, in each of which BN and the norm take turns, "
+                f"{number_of(int(row.cost_rounds), 'round')}, in each of which BN and the norm take turns, "
                 f"{row.cost_round_s:g} s of steps and of inference each"
                 for row in rounds.itertuples()
             ),
@@ -108,7 +109,7 @@ def list_facts(costs: pd.DataFrame) -> list[tuple[str, str]]:
         (
             "Cost: machines",
             "; ".join(
-                f"{row.device} · {row.processor} · torch {row.torch}, {count_noun(row.num_threads, 'thread')}"
+                f"{row.device} · {row.processor} · torch {row.torch}, {number_of(row.num_threads, 'thread')}"
                 for row in machines.itertuples()
             ),
         ),

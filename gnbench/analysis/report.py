@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gnbench.console import as_command
 from gnbench.errors import UserError
 from gnbench.record import write_atomic
+from gnbench.watch import number_of
 
 if TYPE_CHECKING:  # pandas takes a second to import, which --help need not wait for
     import pandas as pd
@@ -337,8 +338,8 @@ def render_page(
         norms=_format(tabulate_norms(frame if len(frame) else costs), NORM_COLUMNS),
         unfinished=_format(unfinished, {"run": "run", "status": "status", "cause": "cause"}),
         runs=_format(frame, RUN_COLUMNS),
-        num_runs=statistics.count_noun(len(frame), "run"),
-        num_not_tested=statistics.count_noun(sum(not row["is_tested"] for row in claims), "statement"),
+        num_runs=number_of(len(frame), "run"),
+        num_not_tested=number_of(sum(not row["is_tested"] for row in claims), "statement"),
         time_note=TIME_NOTE if frame["engine_used"].astype("string").str.contains(TOGETHER).any() else "",
     )
 
@@ -437,20 +438,18 @@ def _find_problem(cell: "pd.Series", place: str) -> str:
     """Why a cell's mean must not stand in a headline, or nothing."""
     from gnbench.analysis import statistics
 
-    lost = [statistics.count_noun(cell[status], f"{status} run") for status in statistics.BY_STATUS if cell[status]]
+    lost = [number_of(cell[status], f"{status} run") for status in statistics.BY_STATUS if cell[status]]
     if lost:
         return f"cannot be told, having {' and '.join(lost)} at {place}"
     return f"has no finished run at {place}" if not cell["n"] else ""
 
 
 def _tell_seeds(cells: Sequence["pd.Series"]) -> str:
-    from gnbench.analysis import statistics
-
     counts = [cell["n"] for cell in cells]
     if not counts:
         return ""
     few = ", too few for an interval" if max(counts) == 1 else ""
-    return f"; n = {statistics.count_noun(_span(counts), 'seed')} a cell{few}"
+    return f"; n = {number_of(_span(counts), 'seed')} a cell{few}"
 
 
 def _format_summary(summary: "pd.DataFrame") -> list[list[str]]:

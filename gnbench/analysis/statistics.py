@@ -12,6 +12,7 @@ import pandas as pd
 from scipy import special, stats
 
 from gnbench.analysis.table import AXES, IDENTITY, WHOLE
+from gnbench.watch import number_of
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
@@ -71,7 +72,7 @@ def compare_paired(a: pd.Series, b: pd.Series, confidence: float = CONFIDENCE) -
     low, high = t_interval(differences, confidence)
     mean = differences.mean() if n else math.nan
     comparison = _comparison("paired sign flips", mean, low, high, _flip_signs(differences), differences, differences)
-    pairs = f"{count_noun(n, 'pair')} of seeds"
+    pairs = f"{number_of(n, 'pair')} of seeds"
     few = f"{pairs}: this test cannot fall below {2 / 2**n:.2g}; {MIN_PAIRS} pairs are needed for 0.05"
     return {**comparison, "note": few if n < MIN_PAIRS else ""}
 
@@ -169,11 +170,6 @@ def name_cell(label: str, batch_size: int, norm_batch_size: int | None = None) -
     return f"{label} at batch size {batch_size}" + ("" if same else f", norm_batch_size {norm_batch_size}")
 
 
-def count_noun(number: int | str, noun: str) -> str:
-    """A number and what it counts: "1 run", "2 runs", "1 to 3 runs"."""
-    return f"{number} {noun}" + ("" if str(number) == "1" else "s")
-
-
 def _summarize_cell(rows: pd.DataFrame, value: str) -> dict:
     first = rows.iloc[0]
     done = rows[rows["status"] == "done"]
@@ -262,7 +258,7 @@ def _name_cell_gaps(grid: pd.DataFrame) -> list[str]:
     for _, rows in grid.groupby("cell", sort=False):
         parts = []
         for status, runs in rows[rows["status"] != "done"].groupby("status"):
-            parts.append(f"{len(runs)} of {count_noun(len(rows), 'run')} {status} (seed {_list(runs['seed'])})")
+            parts.append(f"{len(runs)} of {number_of(len(rows), 'run')} {status} (seed {_list(runs['seed'])})")
         absent = sorted(seeds - set(rows["seed"]))
         if absent:
             parts.append(f"no run of seed {_list(absent)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from gnbench.errors import UserError
-from gnbench.record import NOT_IDENTITY, find_runs, load_record
+from gnbench.record import NOT_IDENTITY, WRONG_KIND, find_runs, load_record, name_wrong_kind
 
 REFERENCE = Path(__file__).with_name("reference.csv")
 NORM_LABELS = {  # in the order of every table
@@ -254,8 +254,8 @@ def _read_run(path: Path) -> dict:
         return {**_flatten_record(load_record(path)), **place}
     except UserError as error:
         cause = str(error).removeprefix(f"{path}: ")
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        cause = f"has a value of another kind than a record's ({type(error).__name__}: {error})"
+    except WRONG_KIND as error:
+        cause = name_wrong_kind(error)
     return {"status": "unreadable", "cause": cause, "history": [], "measure": None, **place}
 
 
