@@ -43,7 +43,8 @@ def model(
         params: the model file's keys.
 
     Raises:
-        UserError: a name or a parameter is not known, or the norm cannot be built on the model's channels.
+        UserError: a name or a parameter is not known, the model cannot be built with it, or the norm not on the model's
+            channels.
     """
     node = load_group("model", name, params, context={})
     if isinstance(norm, str):

@@ -111,7 +111,7 @@ def test_what_cannot_be_built_is_refused_in_a_sentence():
         gnbench.norm("gn", groups=2)
     with pytest.raises(UserError, match=r"on 16 channels \(model=resnet20 has norms on 16, 32, 64\): num_groups=32"):
         gnbench.model("resnet20", norm=gnbench.norm("gn", num_groups=32))
-    with pytest.raises(ValueError, match="depth=21 is not 6n"):
+    with pytest.raises(UserError, match="model=resnet20 cannot be built: depth=21 is not 6n"):
         gnbench.model("resnet20", depth=21)
 
 
