@@ -82,6 +82,8 @@ def plan_run(config: dict, default_threads: int) -> Run:
         raise UserError(f"precision={config['precision']} is not legal: it is one of {', '.join(PRECISIONS)}")
     if config["engine"] not in ENGINES:
         raise UserError(f"engine={config['engine']} is not legal: it is one of {', '.join(ENGINES)}")
+    if not config["results"].strip():
+        raise UserError("results is empty: it names the directory that runs go to")
     for key, seed in (("seed", config["seed"]), ("data.split_seed", config["data"]["split_seed"])):
         if not 0 <= seed < 2**63:
             raise UserError(f"{key}={seed} is not legal: it is 0 or more, and below 2**63")

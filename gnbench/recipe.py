@@ -49,7 +49,7 @@ class Recipe:
         for key in ("momentum", "label_smoothing"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
         _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
-        ordered = all(0 < a < 1 for a in self.milestones) and sorted(self.milestones) == self.milestones
+        ordered = all(0 < a < 1 for a in self.milestones) and sorted(set(self.milestones)) == self.milestones
         _require(ordered, "milestones", self.milestones, "rising fractions of the training between 0 and 1")
         _require(self.momentum > 0 or not self.nesterov, "nesterov", self.nesterov, "false when momentum is 0")
 

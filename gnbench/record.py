@@ -5,6 +5,7 @@ file a run, written aside, flushed and renamed; it carries a SHA-256 of its own 
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -25,13 +26,7 @@ LOCK = ".lock"  # held while a process trains the run; the system lets go of it 
 STATUSES = ("running", "done", "diverged", "failed", "interrupted")
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
 PART = ".part"  # ends the name of a file that is still being written
-WRONG_KIND = (
-    TypeError,
-    KeyError,
-    AttributeError,
-    ValueError,
-    OverflowError,
-)  # what a strange value makes a reader raise
+WRONG_KIND = (TypeError, KeyError, AttributeError, ValueError, OverflowError)  # what strange values make a reader raise
 CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is kept as evidence
 
 # What decides how or where a run is executed, not what is trained. `device` and `engine` belong here although they
@@ -144,8 +139,24 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError | NotImplementedError) -> UserError:
-    """The sentence for a file or directory that could not be written: its path, why, and how much space there is."""
-    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}{_free_space(path)}")
+    """The sentence for a file or directory that could not be written: its path, why, and the space if that is why."""
+    lacks_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    space = _free_space(path) if lacks_space else ""
+    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}{space}")
+
+
+def check_place(directory: Path) -> None:
+    """Try to write into a directory of runs, which is made if it is not there.
+
+    Raises:
+        UserError: it cannot be made, or not be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"results={directory} cannot be written: {error.strerror}") from error
 
 
 def delete_parts(directory: Path) -> None:

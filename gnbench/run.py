@@ -32,7 +32,18 @@ from gnbench.engine import check_engine, keep_freed_memory, make_engine
 from gnbench.errors import UserError
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
 from gnbench.progress import Teller
-from gnbench.record import CORRUPT, LOCK, LOG, RECORD, cannot_write, delete_parts, load_record, save_record, set_aside
+from gnbench.record import (
+    CORRUPT,
+    LOCK,
+    LOG,
+    RECORD,
+    cannot_write,
+    check_place,
+    delete_parts,
+    load_record,
+    save_record,
+    set_aside,
+)
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Diverged, Engine, Training, summarize, train
 from gnbench.trial import check_batches, check_norm
@@ -54,11 +65,15 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
     """Try every norm on every channel count of its model, before any training.
 
     Args:
-        here: whether they are trained on this machine: only then are the device and the engine asked for.
+        here: whether they are trained on this machine: only then are the device, the engine and the place asked for.
 
     Raises:
-        UserError: a norm cannot be used there, or the device, the engine or TensorBoard is not to be had.
+        UserError: a norm cannot be used there, the device, the engine or TensorBoard is not to be had, or the directory
+            that runs go to cannot be written.
     """
+    if here:
+        for place in {run.directory.parent for run in runs if not run.is_finished()}:
+            check_place(place)
     if any(run.config["tensorboard"] for run in runs):
         check_tensorboard()
     checked = set()

@@ -257,7 +257,7 @@ def test_a_read_only_disk_is_named(small_disk, wholes):
     files = sorted(small_disk.rglob("*"))
     for target in (run, replace(run, directory=small_disk / "other")):
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-        with pytest.raises(UserError, match=r"^cannot write .*: Read-only file system \(\d+ MiB free\)$"):
+        with pytest.raises(UserError, match=r"^cannot write .*: Read-only file system$"):
             execute(target)
         assert sorted(small_disk.rglob("*")) == files
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)

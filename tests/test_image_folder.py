@@ -94,6 +94,10 @@ def test_hidden_and_foreign_files_are_ignored_and_nested_ones_found(folder, load
         (lambda root: shutil.rmtree(root), "cannot read the folder {root}/train"),
         (lambda root: shutil.rmtree(root / "test"), "cannot read the folder {root}/test"),
         (lambda root: [shutil.rmtree(path) for path in (root / "test").iterdir()], "{root}/test has no class folder"),
+        (
+            lambda root: [shutil.rmtree(root / split / name) for split in ("train", "test") for name in CLASSES[1:]],
+            f"{{root}}/train has one class alone, {CLASSES[0]}",
+        ),
         (lambda root: shutil.rmtree(root / "test/cat"), "differ in their classes: cat is in one alone"),
         (lambda root: (root / "test/cat").rename(root / "test/Cat"), "differ in their classes: Cat, cat"),
         (lambda root: (root / "test/cat/0.png").unlink(), "{root}/test/cat has no image"),

@@ -70,6 +70,7 @@ def test_steps_count_the_last_smaller_batch_only_when_it_is_kept(num_images, bat
         ("weight_decay", -1e-4),
         ("schedule", "exponential"),
         ("milestones", [0.75, 0.5]),
+        ("milestones", [0.5, 0.5]),
         ("milestones", [1.5]),
         ("lr_decay", 0.0),
         ("warmup_epochs", -1),

@@ -43,6 +43,7 @@ RENAMED = {  # keys of a flattened config -> columns
     "data.name": "data",
     "data.train_size": "train_size",
 }
+TEXTS = ("cause", "data_fingerprint", "device", "processor", "torch", "engine_used")
 SHORT = {"num_groups": "G", "channels_per_group": "C/G"}  # in labels
 WHOLE = ("batch_size", "norm_batch_size", "num_groups", "channels_per_group", "seed", "train_size", "epochs")
 MEASURED = (
@@ -273,7 +274,7 @@ def _flatten_record(record: dict) -> dict:
     measures_cost = config.get("measure") == "cost"
     if measures_cost:  # a time, other than an error, is of so many threads on such a device
         config.update(threads=config.get("num_threads"), measured_on=environment.get("device"))
-    return {
+    row = {
         **config,
         "measure": "cost" if measures_cost else "error",
         "cell": _digest_cell(config),
@@ -288,6 +289,11 @@ def _flatten_record(record: dict) -> dict:
         "engine_used": environment.get("engine"),
         "history": history,
     }
+    for key in TEXTS:
+        if not isinstance(row[key], str | None):
+            raise UserError(f"{key} is {row[key]!r}, a text is needed")
+    _check_whole("num_parameters", row["num_parameters"])
+    return row
 
 
 def _flatten(config: dict, prefix: str = "") -> dict:
@@ -305,10 +311,12 @@ def _check_config(config: dict) -> None:
     if not isinstance(config.get("norm"), str):
         raise UserError(f"config.norm.name is {config.get('norm')!r}, a name is needed")
     for key in WHOLE:
-        value = config.get(key)
-        required = key in ("batch_size", "seed")
-        if (value is None and required) or (value is not None and (type(value) is not int or not 0 <= value < 2**63)):
-            raise UserError(f"config: {key} is {value!r}, a whole number is needed")
+        _check_whole(f"config.{key}", config.get(key), required=key in ("batch_size", "seed"))
+
+
+def _check_whole(key: str, value: object, required: bool = False) -> None:
+    if (value is None and required) or (value is not None and (type(value) is not int or not 0 <= value < 2**63)):
+        raise UserError(f"{key} is {value!r}, a whole number is needed")
 
 
 def _digest_cell(config: dict) -> str:

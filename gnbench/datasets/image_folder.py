@@ -48,7 +48,7 @@ def load_image_folder(
             broken or has more than 8 bits a channel, or the cache cannot be written.
     """
     if not isinstance(size, int) or size < 1:
-        raise UserError(f"size={size} is not legal for the images of {root}: it is a number of pixels, 1 or more")
+        raise UserError(f"data.size={size} is not legal for the images of {root}: it is a number of pixels, 1 or more")
     root = Path(root).expanduser()
     files = find_images(root)
     listing = digest_listing(root, files)
@@ -102,6 +102,8 @@ def _class_names(folder: Path) -> list[str]:
     names = [name for name in folders if not name.startswith(".")]
     if not names:
         raise UserError(f"{folder} has no class folder: {LAYOUT}")
+    if len(names) == 1:
+        raise UserError(f"{folder} has one class alone, {names[0]}: there is nothing to tell apart")
     return sorted(names)
 
 

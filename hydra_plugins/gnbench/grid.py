@@ -104,7 +104,8 @@ def _count(num_cells: int, num_runs: int, num_left: int) -> str:
 
 def _raise_failures(runs: list[Any], returns: list[JobReturn]) -> None:
     failed = [
-        f"  {run.name}: {_settle(run, returned)}\n    log: {run.directory / LOG}"
+        f"  {run.name}: {_settle(run, returned)}"
+        + (f"\n    log: {run.directory / LOG}" if (run.directory / LOG).is_file() else "")
         for run, returned in zip(runs, returns, strict=True)
         if returned.status == JobStatus.FAILED
     ]
