@@ -146,14 +146,16 @@ def cannot_write(path: Path, error: OSError | NotImplementedError) -> UserError:
 
 
 def check_place(directory: Path) -> None:
-    """Try to write into a directory of runs, which is made if it is not there.
+    """Try whether a directory of runs can be written, or be made where it is not there; nothing is left behind.
 
     Raises:
-        UserError: it cannot be made, or not be written.
+        UserError: it cannot.
     """
+    place = directory.absolute()
+    while not place.exists():
+        place = place.parent
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise UserError(f"results={directory} cannot be written: {error.strerror}") from error

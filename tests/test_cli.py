@@ -73,6 +73,8 @@ def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
         ("batch_size=128", "batch_size=128 is not legal: batch_size is at most the 96 training images"),
         ("device=cuda:99", "device=cuda:99 is not to be had here"),
         ("batch_size", "batch_size cannot be read as key=value"),
+        ("results=", "results is empty: it names the directory that runs go to"),
+        ("results=/proc/nowhere", "results=/proc/nowhere cannot be written: "),
         ("norm_batch_size=4,0", "norm_batch_size=0 is not legal"),
         ("norm=gn norm.num_groups=2,3", "num_groups=3 does not divide 16 channels; legal: 1, 2, 4, 8, 16"),
     ],
