@@ -77,6 +77,7 @@ def measure_cost(config: dict, make: MakeTraining, pause: Callable[[], None] = l
     started = time.perf_counter()
     without = make_subject(make, load_group("norm", "none", {}, {}), config)
     device, saved_without_mb = without.images.device, measure_saved(without)
+    warm_up(without, 1)  # what libraries take for themselves is not the norm's
     del without
     allocated = allocated_bytes(device)
     norm = make_subject(make, config["norm"], config)

@@ -110,16 +110,22 @@ def train_batches(
     end = num_images - num_images % batch_size if drop_last else num_images
     chunk_size = max(1, chunk // batch_size) * batch_size
     for start in range(first_step * batch_size, end, chunk_size):
-        shares = [places[share] for places in torch.arange(start, min(start + chunk_size, end)).split(batch_size)]
-        part = torch.cat(shares).to(order.device)
+        places = torch.arange(start, min(start + chunk_size, end), device=order.device)  # no copy, which would wait
+        shares = [part[share] for part in places.split(batch_size)]
+        part = torch.cat(shares)
         images = dataset.train.images[order[part]]
         labels = dataset.train.labels[order[part]]
         if dataset.augment != "none":
             images = crop(images, shifts[part])
         if dataset.augment == "crop_flip":
             images = flip(images, flips[part])
-        sizes = [len(places) for places in shares]
+        sizes = [len(each) for each in shares]
         yield from zip(dataset.normalize(images).split(sizes), labels.split(sizes), strict=True)
+
+
+def images_ahead(dataset: Dataset, num_trainings: int) -> int:
+    """How many images each of several trainings augments at once: a CPU's caches hold few, a GPU is to be kept busy."""
+    return CHUNK if dataset.mean.device.type == "cuda" else CHUNK // num_trainings
 
 
 def crop(images: Tensor, shifts: Tensor) -> Tensor:

@@ -181,7 +181,8 @@ def choose_device(name: str, precision: str) -> torch.device:
     name = choose_own_gpu(name, torch.cuda.device_count())
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+            torch.empty(0, device=device)  # not on a GPU that is there, where a sweep's launcher would keep a context
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={name} is not to be had here: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
@@ -277,7 +278,9 @@ def _explain(error: Exception) -> str:
     """Why a run failed, in one line; that memory ran out, on a device or on the host, in words of its own."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-    return f"out of memory: {text}" if out_of_memory or "can't allocate memory" in text else text
+    if out_of_memory or any(words in text for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
+        return f"out of memory: {text}"
+    return text
 
 
 def _train_recorded(members: list[_Member], progress: bool, alone: bool) -> None:

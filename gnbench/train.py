@@ -11,10 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gnbench.data import CHUNK, Dataset, train_batches
+from gnbench.data import Dataset, images_ahead, train_batches
 from gnbench.diagnostics import diagnose, is_due
 from gnbench.evaluate import error_by_statistics, evaluate, response_percentiles
 from gnbench.recipe import Recipe
+from gnbench.timing import wait_for_device
 
 RESPONSE = "response"  # a model's module of this name has the percentiles of its output recorded
 MOMENTUM = "momentum_buffer"  # torch.optim.SGD's name
@@ -109,6 +110,14 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=recipe.base_lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
 
 
+def lay_out_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """Give momenta the memory format of their parameters: a checkpoint may bring another engine's, and fused SGD, which
+    goes by addresses, would mix them up."""
+    for parameter, state in optimizer.state.items():
+        if isinstance(state.get(MOMENTUM), Tensor):
+            state[MOMENTUM] = torch.empty_like(parameter).copy_(state[MOMENTUM])
+
+
 class Engine(Protocol):
     """What moves one or several trainings forward by a step: gnbench.engine."""
 
@@ -140,7 +149,7 @@ def _train_epoch(engine: Engine, pause: Callable[[], None], drop: Callable[[Trai
     recipe, dataset, step = lead.recipe, lead.dataset, lead.progress.step
     epoch, first_step = divmod(step, lead.steps_per_epoch)
     epoch_end = min((epoch + 1) * lead.steps_per_epoch, lead.total_steps)
-    chunk = CHUNK // len(members)  # of images augmented ahead, in all
+    chunk = images_ahead(dataset, len(members))
     batches = {
         training.seed: train_batches(
             dataset, recipe.batch_size, recipe.drop_last, training.seed, epoch, first_step, chunk, training.share
@@ -158,12 +167,15 @@ def _train_epoch(engine: Engine, pause: Callable[[], None], drop: Callable[[Trai
         loss_sums += losses.double() * num_images
         num_errors += errors
         step += 1
+        is_looked_at = step == epoch_end or step % STEPS_PER_CHECK == 0
+        if is_looked_at:
+            wait_for_device(dataset.mean.device)  # a GPU's work on the steps since is part of their time
         share_s = (time.perf_counter() - started) / len(members)
         for training in members:
             training.progress.step = step
             training.progress.num_images += num_images
             training.progress.time_s += share_s
-        if step == epoch_end or step % STEPS_PER_CHECK == 0:
+        if is_looked_at:
             _drop_diverged(members, epoch + 1, drop)
         if step == epoch_end:
             for training in members:

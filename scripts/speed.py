@@ -30,11 +30,11 @@ import torch
 from PIL import Image
 
 import gnbench
-from gnbench.data import Dataset, Split, train_batches
-from gnbench.engine import keep_freed_memory, make_engine, most_lanes
+from gnbench.data import Dataset, Split, images_ahead, train_batches
+from gnbench.engine import make_engine, most_lanes
 from gnbench.plan import num_cores
 from gnbench.recipe import Recipe
-from gnbench.run import name_processor
+from gnbench.run import name_processor, set_arithmetic
 from gnbench.timing import wait_for_device
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Training, peak_memory_mb
@@ -127,8 +127,7 @@ def common_loop(cell: Cell, model_name: str, device: str):
 
 def gnbench_loop(cell: Cell, model_name: str, device: str, engine: str, num_lanes: int, num_threads: int):
     """The same by gnbench's own engine, data and step."""
-    torch.set_num_threads(num_threads)
-    keep_freed_memory()
+    set_arithmetic({"num_threads": num_threads, "precision": cell.precision})
     dataset = resident(device)
     recipe = Recipe(batch_size=cell.batch_size)
     members = [
@@ -140,7 +139,7 @@ def gnbench_loop(cell: Cell, model_name: str, device: str, engine: str, num_lane
     loss_sums = torch.zeros(num_lanes, dtype=torch.float64, device=device)
     epoch = 0
     while True:
-        chunk = 2048 // num_lanes
+        chunk = images_ahead(dataset, num_lanes)
         epochs = [train_batches(dataset, cell.batch_size, True, m.seed, epoch, chunk=chunk) for m in members]
         for batch in zip(*epochs, strict=True):
             losses, _ = engine.step(list(batch))
@@ -160,11 +159,12 @@ def resident(device: str) -> Dataset:
 
 def matrix_products(device: str):
     """Yield the floating-point operations of each matrix product, in float32 on one thread or a GPU."""
-    torch.set_num_threads(1)
+    set_arithmetic({"num_threads": 1, "precision": "float32"})
     size = MATRIX if device == "cpu" else 8 * MATRIX
     a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     while True:
         a @ b
+        wait_for_device(torch.device(device))
         yield 2 * size**3
 
 

@@ -34,8 +34,9 @@ def gnbench(tmp_path):
 
 def environment(more: dict | None = None) -> dict:
     """The environment of a command: gnbench, and the tests' own modules, can be imported from any directory."""
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""}  # what a test compares bit for bit is trained on a CPU
     usual = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}  # as a user's shell has it
-    return {**usual, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **(more or {})}
+    return {**usual, **no_gpu, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **(more or {})}
 
 
 SHORT = ("model=resnet8", "norm=bn", "batch_size=8", "epochs=2", "num_threads=1")
@@ -55,5 +56,5 @@ def compose_config(*words: str) -> dict:
     from gnbench.configs import CONFIGS
 
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", [f"hydra.searchpath=[file://{TESTS}/configs]", "data=tiny", *words])
+        cfg = compose("config", [f"hydra.searchpath=[file://{TESTS}/configs]", "data=tiny", "device=cpu", *words])
     return OmegaConf.to_container(cfg, resolve=True)

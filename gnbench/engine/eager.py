@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnbench.precise_bn import set_train_mode
-from gnbench.train import Training
+from gnbench.train import Training, lay_out_momenta
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Eager(StepEngine):
             training.model.to(memory_format=torch.channels_last)
         self.network = _Compiled(training.model) if compiled else training.model
         self.optimizer = training.optimizer
+        lay_out_momenta(self.optimizer)
 
     @property
     def name(self) -> str:

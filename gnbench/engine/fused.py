@@ -20,7 +20,7 @@ from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
 from gnbench.norms.group import GroupNorm
 from gnbench.precise_bn import set_train_mode
-from gnbench.train import MOMENTUM, Training, make_optimizer
+from gnbench.train import MOMENTUM, Training, lay_out_momenta, make_optimizer
 
 Lanes = Sequence[nn.Module | None]  # one module a lane, of the same kind; None where a lane is empty
 Links = list[tuple[nn.Parameter, list[nn.Parameter | None]]]  # a fused parameter and the lanes' parts of it
@@ -80,6 +80,8 @@ class Fused(StepEngine):
         """Give the network's optimizer the members' momenta; theirs become views of its own."""
         if not self.members[0].recipe.momentum:
             return
+        for training in self.members:
+            lay_out_momenta(training.optimizer)
         states = {p: t.optimizer.state[p] for t in self.members for p in t.model.parameters()}
         for parameter, state in states.items():
             state.setdefault(MOMENTUM, torch.zeros_like(parameter))

@@ -1,5 +1,6 @@
 """A whole step as one CUDA graph: a GPU then waits for no Python between the hundreds of kernels of a small batch."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -26,11 +27,11 @@ class CudaGraph:
 
     def __init__(self, engine: Eager | Fused, record: Callable[[Callable[[], None]], Replay] | None = None) -> None:
         self.engine = engine
-        self.record = record or record_cuda_graph
         self.name = f"{engine.name}, CUDA graph"
         self.frozen = False
         self.replays: dict[tuple, tuple[Replay, list[tuple[Tensor, Tensor]], list[Tensor]]] = {}
         device = self.members[0].dataset.mean.device
+        self.record = record or functools.partial(record_cuda_graph, device=device)
         for group in engine.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
             for parameter in group["params"] if group["momentum"] else ():
@@ -49,6 +50,8 @@ class CudaGraph:
         """One update of every member; losses and numbers of errors, (members,) each, on the device."""
         key = (self.frozen, batches[0][0].shape, *(training.seed for training in self.members))
         if key not in self.replays:
+            seeds = key[2:]  # a member that has left does not come back, and recordings with it keep their memory
+            self.replays = {each: kept for each, kept in self.replays.items() if each[2:] == seeds}
             self.replays[key] = self._record(batches)
         replay, inputs, outputs = self.replays[key]
         for (images, labels), (own_images, own_labels) in zip(batches, inputs, strict=True):
@@ -81,15 +84,16 @@ class CudaGraph:
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def record_cuda_graph(update: Callable[[], None]) -> Replay:
-    """Capture what `update` does on the current CUDA device, after some runs of it on a stream of its own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_STEPS):
+def record_cuda_graph(update: Callable[[], None], device: torch.device) -> Replay:
+    """Capture what `update` does on a CUDA device, after some runs of it on a stream of its own."""
+    with torch.cuda.device(device):  # streams and graphs belong to the current one
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                update()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             update()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update()
     return graph.replay

@@ -14,7 +14,9 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._by_channels(x) if torch.compiler.is_compiling() else super().forward(x)
+        if torch.compiler.is_compiling():
+            return self._by_channels(x)
+        return super().forward(x).to(x.dtype)  # a GPU's autocast makes it float32, alone among the norms
 
     def _by_channels(self, x: Tensor) -> Tensor:
         """The mean over a group as the average of its channels' means: a product with a (C, C) matrix of blocks."""

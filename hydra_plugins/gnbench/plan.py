@@ -306,10 +306,11 @@ def calibrate(runs: list[Any], started_s: float) -> Calibration:
 
 def _measure_step(engine: "Engine") -> float:
     """Seconds of a step of all members, and of the batches that it takes, after one that finds everything cold."""
-    from gnbench.data import CHUNK, train_batches
-    from gnbench.timing import time_calls
+    from gnbench.data import images_ahead, train_batches
+    from gnbench.timing import time_calls, wait_for_device
 
-    lead, chunk = engine.members[0], CHUNK // len(engine.members)
+    lead = engine.members[0]
+    chunk = images_ahead(lead.dataset, len(engine.members))
     size, num_steps = lead.recipe.batch_size, lead.steps_per_epoch
     num_batches = min(max(1, chunk // size), num_steps)  # those that are augmented at once
     started = time.perf_counter()
@@ -322,6 +323,7 @@ def _measure_step(engine: "Engine") -> float:
         )
         for training in engine.members
     ]
+    wait_for_device(lead.dataset.mean.device)
     batches_s = (time.perf_counter() - started) / num_batches
     engine.set_train_mode(frozen=False)
     steps = itertools.cycle(zip(*batches, strict=True))
@@ -357,6 +359,7 @@ def _measure_end(training: "Training", image_s: float, num_images: int) -> float
     from gnbench.data import Split
     from gnbench.evaluate import evaluate, precise_images
     from gnbench.precise_bn import batch_statistics, kept_statistics, layers_with_statistics, update_precise_statistics
+    from gnbench.timing import wait_for_device
 
     model, dataset, size = training.model, training.dataset, training.recipe.batch_size
     if not layers_with_statistics(model):
@@ -364,10 +367,16 @@ def _measure_end(training: "Training", image_s: float, num_images: int) -> float
     test = dataset.test
     started = time.perf_counter()
     images = precise_images(dataset, training.recipe.precise_images)
+    wait_for_device(dataset.mean.device)
     images_s = time.perf_counter() - started
     some = images[0][:num_images]
+
+    def follow() -> None:
+        update_precise_statistics(model, [some])
+        wait_for_device(dataset.mean.device)
+
     with kept_statistics(model):
-        population_s = _time(lambda: update_precise_statistics(model, [some])) / len(some) * sum(map(len, images))
+        population_s = _time(follow) / len(some) * sum(map(len, images))
     few = Split(*(tensor[: size * math.ceil(SMALL_BATCHES / size)] for tensor in (test.images, test.labels)))
     with batch_statistics(model):
         batch_s = _time(lambda: evaluate(model, dataset, few, training.precision, size)) / len(few) * len(test)
