@@ -27,6 +27,7 @@ from gnbench.console import INTERRUPTED, fall_silent
 from gnbench.errors import SweepFailed, UserError
 from gnbench.plan import Run, num_cores, plan_run
 from gnbench.recipe import Recipe
+from gnbench.words import describe
 from gnbench.workers import FIRST, WorkerLost, count_workers, leave_refusal_to_first, rank
 from hydra_plugins.gnbench.cores import Cores
 from hydra_plugins.gnbench.grid import Grid
@@ -108,25 +109,6 @@ def train_run(run: Run, progress: bool) -> dict | None:
     from gnbench.torchrun import execute_together
 
     return execute_together(run, progress)
-
-
-def describe(record: dict, varied: str = "") -> str:
-    """A finished run in one line; `varied` is what else its sweep varies."""
-    config, result, cost = record["config"], record["result"], record.get("cost")
-    varied = f" {varied}" if varied else ""
-    name = f"{config['norm']['name']} batch_size={config['batch_size']}{varied} seed={config['seed']}"
-    if cost is not None:
-        return (
-            f"{name} {cost['norm_format']} {config['precision']}: {cost['step_ms']:.2f} ms a step, "
-            f"{cost['step_ratio']:.2f} of BN's; {cost['inference_ms']:.2f} ms of inference, "
-            f"{cost['inference_ratio']:.2f} of BN's"
-        )
-    if result is None:
-        return f"{name}: {record['status']}" + (f", {record['cause']}" if record.get("cause") else "")
-    return (
-        f"{name}: test error {result['test_error']:.2f} %, training error {result['train_error']:.2f} % "
-        f"in {result['time_s']:.0f} s"
-    )
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gnbench.watch import Row, Screen, Watcher, duration, make_row, name_cells, name_seeds, number_of
+from gnbench.watch import Row, Screen, Watcher, make_row
+from gnbench.words import duration, name_cells, name_seeds, number_of
 
 if TYPE_CHECKING:
     from gnbench.plan import Run

@@ -19,7 +19,7 @@ from gnbench.plan import Run, make_recipe, unverified_images
 from gnbench.run import Interrupted, choose_device, execute, make_training, set_arithmetic, stop_signals
 from gnbench.train import Diverged, train
 from gnbench.trial import channel_counts
-from gnbench.watch import number_of
+from gnbench.words import number_of
 from gnbench.workers import FIRST, WorkerLost, broadcast, connected, count_workers, rank, share_signals
 
 

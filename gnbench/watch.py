@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gnbench.errors import UserError
-from gnbench.record import NOT_IDENTITY, PROGRESS, RECORD, leaves, load_record
+from gnbench.record import PROGRESS, RECORD, load_record
+from gnbench.words import duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,7 +30,6 @@ LEAST_BAR, MOST_BAR = 6, 30  # characters
 LEAST_NAME = 20  # characters of a run's name on a line, from which on columns are dropped rather
 LEAST = {"done": 5, "left": 6}  # characters of a column, so that it does not change its width with every number
 DROPPED = (BAR, "epoch", "train %", "images/s", "left", "test %")  # where a window is too narrow, in this order
-NOT_TOLD = ("seed", "norm_batch_size", "num_threads", *NOT_IDENTITY)  # of a config, in a run's name
 
 
 @dataclass(frozen=True)
@@ -154,89 +154,6 @@ def _left(view: View) -> float:
     progress, batch_size = view.progress, view.record.get("config", {}).get("batch_size", 0)
     images = (progress["num_steps"] - progress["step"]) * batch_size
     return images / progress["images_per_s"] if progress["images_per_s"] else math.inf
-
-
-def name_cells(configs: Sequence[dict]) -> list[str]:
-    """What tells runs apart but for their seeds, as "gn bs8 num_groups=2": keys that do not vary are not told."""
-    split = {_name_norm(config) for config in configs if config.get("norm_batch_size") not in (None, _size(config))}
-    names = [_name_cell(config, _name_norm(config) in split) for config in configs]
-    return [" ".join([name, *words]) for name, words in zip(names, _tell_apart(configs, names), strict=True)]
-
-
-def name_varied(configs: Sequence[dict]) -> list[str]:
-    """What varies among the runs of each norm besides batch_size and seed, as "norm_batch_size=2 num_groups=4"."""
-    words = _tell_apart(configs, list(map(_name_norm, configs)), known=["batch_size"], first=["norm_batch_size"])
-    return list(map(" ".join, words))
-
-
-def _name_cell(config: dict, split: bool) -> str:
-    shared = f" nbs{config['norm_batch_size']}" if split and config["norm_batch_size"] is not None else ""
-    return f"{_name_norm(config)} bs{_size(config)}{shared}"
-
-
-def _name_norm(config: dict) -> str:
-    norm = config.get("norm")
-    return str(norm.get("name") if isinstance(norm, dict) else norm)
-
-
-def _size(config: dict) -> int | None:
-    return config.get("batch_size")
-
-
-def _tell_apart(configs: Sequence[dict], names: Sequence[str], **keys: list[str]) -> list[list[str]]:
-    """The words that tell each config from the others of its name."""
-    flat = [dict(leaves(config)) for config in configs]
-    rivals: dict[str, list[dict]] = {}
-    for name, config in zip(names, flat, strict=True):
-        rivals.setdefault(name, []).append(config)
-    kept = {name: _distinguish(group, **keys) for name, group in rivals.items()}
-    return [[_tell(key, config.get(key)) for key in kept[name]] for name, config in zip(names, flat, strict=True)]
-
-
-def _distinguish(configs: list[dict], known: Sequence[str] = (), first: Sequence[str] = ()) -> list[str]:
-    """The keys needed to tell configs apart; one that only repeats what earlier ones say is left out.
-
-    Args:
-        known: keys that are told anyway.
-        first: keys that come before the others, in which the number of images is told elsewhere.
-    """
-
-    def count(keys: Sequence[str]) -> int:
-        return len({repr([config.get(key) for key in keys]) for config in configs})
-
-    kept, others = list(known), dict.fromkeys(key for config in configs for key in config)
-    for key in (*first, *(key for key in others if not _is_told(key))):
-        if count([*kept, key]) > count(kept):
-            kept.append(key)
-    return kept[len(known) :]
-
-
-def _is_told(key: str) -> bool:
-    return key.split(".")[0] in NOT_TOLD or key.rpartition(".")[2] == "norm_batch_size"
-
-
-def _tell(key: str, value: object) -> str:
-    last = key.rpartition(".")[2]
-    return str(value) if last == "name" else f"{last}={value}"
-
-
-def name_seeds(seeds: Sequence[int | None]) -> str:
-    """s0-4 for five in a row, s0,2,7 for others."""
-    seeds = sorted(seed for seed in seeds if isinstance(seed, int))
-    in_a_row = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
-    return f"s{seeds[0]}-{seeds[-1]}" if in_a_row else f"s{','.join(map(str, seeds))}"
-
-
-def number_of(number: int | str, noun: str) -> str:
-    """A number of things: 1 run, 2 runs, 1 to 3 runs, 2 processes."""
-    return f"{number} {noun}" + ("" if str(number) == "1" else "es" if noun.endswith("s") else "s")
-
-
-def duration(seconds: float) -> str:
-    """Seconds below 90, minutes below 90, hours."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def is_terminal() -> bool:

@@ -24,7 +24,8 @@ from test_cli import TINY, records, wait_for
 from gnbench import progress, watch
 from gnbench.plan import plan_run
 from gnbench.record import PROGRESS, RECORD, load_record, save_record
-from gnbench.watch import Row, Watcher, draw, is_terminal, make_row, name_cells, name_seeds, name_varied, number_of
+from gnbench.watch import Row, Watcher, draw, is_terminal, make_row
+from gnbench.words import name_cells, name_seeds, name_varied, number_of
 
 TOKENS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x1b]")
 TOLD = {"step": 25, "num_steps": 100, "epoch": 3, "num_epochs": 10, "images_per_s": 80.0, "host": "node7", "pid": 7}

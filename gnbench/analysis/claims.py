@@ -27,7 +27,7 @@ from gnbench.analysis.statistics import (
     values_by_seed,
 )
 from gnbench.analysis.table import count_norm_batches, find_groups, label_norm, slice_axis
-from gnbench.watch import number_of
+from gnbench.words import number_of
 
 HOLDS, FAILS, OPEN, NOT_TESTED = "holds", "does not hold", "cannot tell yet", "not tested"
 MARGIN = 1.0  # points of test error: less counts as level, more as a rise

@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 
 from gnbench.analysis import figures, table
 from gnbench.analysis.statistics import summarize
-from gnbench.watch import number_of
+from gnbench.words import number_of
 
 COLUMNS = (  # of cost.csv
     *("norm", "variant", "setting", "label", "batch_size", "norm_batch_size", "num_groups", "channels_per_group"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gnbench.console import as_command
 from gnbench.errors import UserError
 from gnbench.record import write_atomic
-from gnbench.watch import number_of
+from gnbench.words import number_of
 
 if TYPE_CHECKING:  # pandas takes a second to import, which --help need not wait for
     import pandas as pd

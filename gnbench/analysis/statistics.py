@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import special, stats
 
 from gnbench.analysis.table import AXES, IDENTITY, WHOLE
-from gnbench.watch import number_of
+from gnbench.words import number_of
 
 CONFIDENCE = 0.95
 ALPHA = 0.05

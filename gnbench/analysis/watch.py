@@ -14,7 +14,8 @@ from pathlib import Path
 from gnbench.analysis.runs import is_trained_now
 from gnbench.errors import UserError
 from gnbench.record import FINISHED, find_runs
-from gnbench.watch import QUIET_S, Row, Screen, View, Watcher, is_terminal, make_row, name_cells, name_seeds
+from gnbench.watch import QUIET_S, Row, Screen, View, Watcher, is_terminal, make_row
+from gnbench.words import describe, name_cells, name_seeds
 
 FRESH_S = 3.0  # a run that moved so short ago is trained, whether its lock can be seen or not
 COUNTED = ("running", "failed", "interrupted", "unreadable")
@@ -161,8 +162,6 @@ def _find_changed(known: dict[Path, str | None], views: Sequence[View]) -> list[
 
 
 def _describe(view: View) -> str:
-    from gnbench.cli import describe
-
     try:
         return describe(view.record)
     except (KeyError, TypeError, AttributeError):  # the record of another program, though its checksum holds

@@ -27,7 +27,8 @@ from omegaconf import DictConfig
 from gnbench.errors import UserError
 from gnbench.record import RECORD, load_record
 from gnbench.sweep_table import REDRAW_S, SweepTable, print_into
-from gnbench.watch import duration, is_terminal, name_varied
+from gnbench.watch import is_terminal
+from gnbench.words import describe, duration, name_varied
 
 TRIES = 2  # of a run whose process dies without a word
 MOST_ON_A_GPU = 8  # processes; each holds a context of some 500 MB
@@ -424,8 +425,6 @@ def find_varied(sweep: list[Any]) -> dict[str, str]:
 
 def describe_end(returned: JobReturn, varied: dict[str, str]) -> str:
     """How a run ended, in one line; `varied` is of `find_varied`."""
-    from gnbench.cli import describe
-
     if returned.status == JobStatus.FAILED:
         return f"{' '.join(returned.overrides)}: failed, {returned._return_value}"
     record = returned.return_value

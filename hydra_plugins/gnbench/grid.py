@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from gnbench.errors import SweepFailed, UserError
 from gnbench.record import LOG, RECORD, load_record
-from gnbench.watch import number_of
+from gnbench.words import describe, number_of
 from gnbench.workers import count_workers
 from hydra_plugins.gnbench.composer import Composer
 
@@ -87,7 +87,7 @@ class Grid(Sweeper):
 
 def _train_together(runs: list[Any]) -> list[JobReturn]:
     """Train the one run of a grid in this process, which torchrun started beside others."""
-    from gnbench.cli import describe, train_run
+    from gnbench.cli import train_run
 
     if len(runs) > 1:
         raise UserError(f"torchrun trains one run and this is a sweep of {len(runs)}: give each key one value")

@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 
 from gnbench.errors import UserError
-from gnbench.watch import duration, number_of
+from gnbench.words import duration, number_of
 from hydra_plugins.gnbench.cores import Cores, exit_word, side_by_side
 
 if TYPE_CHECKING:  # --help need not wait for torch and pandas

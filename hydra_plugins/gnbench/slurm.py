@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from gnbench.errors import UserError
-from gnbench.watch import number_of
+from gnbench.words import number_of
 from hydra_plugins.gnbench.cores import MOST_ON_A_GPU, STOP_S, Cores, describe_end, end_of, find_varied, side_by_side
 
 FOLDER = ".submitit"  # in the results: scripts, logs, and pickles of what is to be done and of how it went
