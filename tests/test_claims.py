@@ -69,9 +69,53 @@ def test_a_sweep_of_three_norms_without_bn_tests_nothing(tmp_path):
     for norm in ("gn", "ln", "in"):
         write_cell(tmp_path, norm, 32, 24)
     found = claims.claims(table.load(tmp_path))
-    assert set(found["verdict"]) == {claims.NOT_TESTED}
-    assert "GN at batch size 2 has no run" in set(found["detail"])
-    assert "BN has no run" in set(found["detail"])
+    papers = found[found["source"] != claims.OF_ANY]
+    assert set(papers["verdict"]) == {claims.NOT_TESTED}
+    assert "GN at batch size 2 has no run" in set(papers["detail"])
+    assert "BN has no run" in set(papers["detail"])
+
+
+# Norms of which the papers say nothing
+
+
+def test_a_new_norm_is_judged_level_and_against_bn_and_gn_at_its_smallest_batch(tmp_path):
+    for batch_size in (32, 4):
+        write_cell(tmp_path, "bn", batch_size, {32: 23, 4: 27}[batch_size])
+        write_cell(tmp_path, "gn", batch_size, 24)
+        write_cell(tmp_path, "mynorm", batch_size, 24.6)
+    assert judge(tmp_path, "mynorm's test error is level from batch size 32 to 4")["verdict"] == claims.HOLDS
+    beaten, lost = judge(tmp_path, "mynorm beats BN at batch size 4."), judge(tmp_path, "mynorm beats GN")
+    assert (beaten["verdict"], lost["verdict"]) == (claims.HOLDS, claims.FAILS)
+    assert beaten["effect"] == pytest.approx(2.4)
+    assert set(claims.claims(table.load(tmp_path))["claim"].str.contains("mynorm beats GN at batch size 32")) == {False}
+
+
+def test_a_norm_that_rises_is_not_level_and_one_with_a_failed_run_is_not_judged(tmp_path):
+    for batch_size in (32, 4):
+        write_cell(tmp_path, "rising", batch_size, {32: 23, 4: 27}[batch_size])
+        write_cell(tmp_path, "lost", batch_size, 24, seeds=(0, 1, 2))
+    write_run(tmp_path, "lost", 4, 3, test_error=24.0, status="failed")
+    assert judge(tmp_path, "rising's test error is level")["verdict"] == claims.FAILS
+    row = judge(tmp_path, "lost's test error is level")
+    assert (row["verdict"], "1 of 4 runs failed" in row["detail"]) == (claims.OPEN, True)
+
+
+def test_many_norms_against_one_are_a_family(tmp_path):
+    """A difference that shows by itself, and not among twelve that are asked the same."""
+    write_cell(tmp_path, "gn", 4, 24, sd=1.0)
+    write_cell(tmp_path, "mynorm", 4, 22.3, sd=1.0)
+    assert judge(tmp_path, "mynorm beats GN")["verdict"] == claims.HOLDS
+    for number in range(11):
+        write_cell(tmp_path, f"norm{number}", 4, 24, sd=1.0)
+    row = judge(tmp_path, "mynorm beats GN")
+    assert (row["verdict"], row["p"] < 0.05, row["p_holm"]) == (claims.OPEN, True, pytest.approx(12 * row["p"]))
+    assert row["test"] == "Welch, Holm over 12 norms"
+
+
+def test_no_norm_is_no_norm(tmp_path):
+    for norm in ("gn", "none"):
+        write_cell(tmp_path, norm, 4, 24)
+    assert not claims.claims(table.load(tmp_path))["claim"].str.contains("no norm").any()
 
 
 def test_a_cell_without_runs_weighs_more_than_one_that_cannot_be_judged(tmp_path):

@@ -1,4 +1,4 @@
-"""The statements of arXiv:1803.08494 (and of 2105.07576) as tests over the records.
+"""The statements of arXiv:1803.08494 (and of 2105.07576), and the like of any further norm, as tests over the records.
 
     claims(gnbench.load("results/batch_size"))  # a row a statement: holds, does not hold, cannot tell yet, not tested
 
@@ -7,6 +7,7 @@ of seeds that would do. Nothing is judged on a cell with a failed, diverged or u
 that has no run is not tested. docs/report.md tells the tests and the columns.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,12 +27,14 @@ from gnbench.analysis.statistics import (
     seeds_needed_for_equivalence,
     values_by_seed,
 )
-from gnbench.analysis.table import count_norm_batches, find_groups, label_norm, slice_axis
+from gnbench.analysis.table import count_norm_batches, find_groups, label_norm, rank_norm, slice_axis
 from gnbench.words import number_of
 
 HOLDS, FAILS, OPEN, NOT_TESTED = "holds", "does not hold", "cannot tell yet", "not tested"
 MARGIN = 1.0  # points of test error: less counts as level, more as a rise
 LARGE, SMALL = 32, 2  # the paper's ends of the axis, images that share statistics
+RIVALS = ("bn", "gn")  # with which every other norm is compared
+OF_ANY = "asked of every norm"  # the source of a statement that no paper makes
 MOST_SEEDS = 1000  # beyond, nobody will train them
 COLUMNS = (
     *("claim", "setting", "verdict", "effect", "low", "high", "test", "p", "p_holm", "p_paired", "n", "seeds_needed"),
@@ -143,6 +146,7 @@ class Grid:
     frame: pd.DataFrame
     rows: pd.DataFrame = field(init=False)  # those on the axis of batch sizes
     per_update: float = field(init=False)  # normalization batches in an update; the paper's setting has 8
+    families: dict[tuple[str, int], dict[str, Part]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows, _ = slice_axis(self.frame, "batch_size")
@@ -180,6 +184,21 @@ class Grid:
         is_there = (rows["batch_size"] == batch_size) & (rows["norm_batch_size"].fillna(size) == size)
         return make_cell(rows[is_there], name, measure)
 
+    def list_others(self) -> list[str]:
+        """The norms on the axis beside BN and GN, in the order of every table; none is not one."""
+        return sorted(set(self.rows["norm"].dropna()) - {*RIVALS, "none"}, key=rank_norm)
+
+    def others(self, rival: str, size: int) -> dict[str, Part]:
+        """How far each of them is below `rival` at a size, where both can be judged, corrected after Holm."""
+        if (rival, size) not in self.families:
+            parts = {}
+            for norm in self.list_others():
+                with contextlib.suppress(CannotTell):
+                    parts[norm] = compare(self.cell(rival, size), self.cell(norm, size))
+            corrected = _correct(list(parts.values()), "norms")
+            self.families[rival, size] = dict(zip(parts, corrected, strict=True))
+        return self.families[rival, size]
+
 
 def claims(frame: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     """Every statement, judged for every setting of a frame as `table.load` returns it; the columns are `COLUMNS`.
@@ -195,7 +214,7 @@ def claims(frame: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     found, points = [], f"{margin:g} point{'' if margin == 1 else 's'}"
     for setting, rows in frame[frame["cell"].notna()].groupby("setting", sort=False):
         grid = Grid(rows)
-        for statement, judge, source in STATEMENTS:
+        for statement, judge, source in (*STATEMENTS, *state_others(grid)):
             row = {"claim": statement.format(margin=points), "setting": setting, "source": source}
             found.append({**row, **asdict(_judge(judge, grid, margin))})
     found.sort(key=lambda row: row["verdict"] == NOT_TESTED)
@@ -265,12 +284,16 @@ def decide(parts: Sequence[Part]) -> Finding:
     return _report(verdict, _choose_part(parts, verdict), told, lambda: _count_seeds(parts))
 
 
-def judge_gn_level(grid: Grid, margin: float) -> Finding:
-    """Equivalence (TOST) of GN at every smaller batch size with GN at 32."""
-    base = grid.cell("gn", LARGE)
-    grid.cell("gn", SMALL)
-    others = [grid.cell("gn", size) for size in grid.sizes("gn") if SMALL <= size < LARGE]
-    return decide_level(base, others, margin)
+def judge_level(norm: str, large: int, small: int) -> Callable[[Grid, float], Finding]:
+    """Equivalence (TOST) of a norm at every batch size from `small` on with itself at `large`."""
+
+    def judge(grid: Grid, margin: float) -> Finding:
+        base = grid.cell(norm, large)
+        grid.cell(norm, small)
+        others = [grid.cell(norm, size) for size in grid.sizes(norm) if small <= size < large]
+        return decide_level(base, others, margin)
+
+    return judge
 
 
 def decide_level(base: Cell, others: Sequence[Cell], margin: float) -> Finding:
@@ -318,6 +341,16 @@ def judge_winner(winner: str, loser: str, size: int) -> Callable[[Grid, float], 
     def judge(grid: Grid, _: float) -> Finding:
         check_cells(grid.cell(loser, size), grid.cell(winner, size))
         return decide([compare_family(grid, loser, winner)[size]])
+
+    return judge
+
+
+def judge_other(norm: str, rival: str, size: int) -> Callable[[Grid, float], Finding]:
+    """Whether `norm` has a lower error than `rival` at `size`, corrected over all the norms that are asked the same."""
+
+    def judge(grid: Grid, _: float) -> Finding:
+        check_cells(grid.cell(rival, size), grid.cell(norm, size))
+        return decide([grid.others(rival, size)[norm]])
 
     return judge
 
@@ -448,7 +481,7 @@ def judge_precise(grid: Grid, _: float) -> Finding:
 STATEMENTS = (  # statement, its test, where it is made
     (
         "GN's test error is level from batch size 32 to 2: within {margin} of that at 32.",
-        judge_gn_level,
+        judge_level("gn", LARGE, SMALL),
         "1803.08494, Figure 1",
     ),
     (
@@ -479,6 +512,22 @@ STATEMENTS = (  # statement, its test, where it is made
     ),
     ("Precise statistics recover part of BN's loss at batch size 2.", judge_precise, "2105.07576"),
 )
+
+
+def state_others(grid: Grid) -> list[tuple[str, Callable[[Grid, float], Finding], str]]:
+    """What is asked of every other norm: is it level over its sizes, and ahead of BN and GN at its smallest?"""
+    stated = []
+    for norm in grid.list_others():
+        sizes, label = grid.sizes(norm), grid.pick(norm)["label"].iloc[0].replace("{", "{{").replace("}", "}}")
+        large, small = sizes[0], sizes[-1]
+        if large > small:
+            level = f"{label}'s test error is level from batch size {large} to {small}: within {{margin}}."
+            stated.append((level, judge_level(norm, large, small), OF_ANY))
+        for rival in RIVALS:
+            if (grid.rows["norm"] == rival).any() and small in grid.sizes(rival):
+                beats = f"{label} beats {label_norm(rival)} at batch size {small}."
+                stated.append((beats, judge_other(norm, rival, small), OF_ANY))
+    return stated
 
 
 def _judge(judge: Callable[[Grid, float], Finding], grid: Grid, margin: float) -> Finding:
