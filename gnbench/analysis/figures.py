@@ -72,6 +72,10 @@ MOST_COLUMNS = 5  # of panels
 MOST_LINES = 8  # in one panel that can still be told apart
 FAMILIAR = ("bn", "gn")
 CURVES_NOTE = "Bold: mean over finished runs; thin: each seed."
+CROP_NOTE = "The first epochs go on beyond the upper edge."
+LEVEL_NOTE = (
+    "Level, with its seeds at the end: a norm that looks at one image at a time, trained once for the whole axis."
+)
 CUT_NOTE = "Arrowheads: an interval goes on beyond 0 or 100 %."
 REFERENCE_NOTE = "Light and hollow: published by others, with other data or recipes, against images per worker."
 
@@ -195,7 +199,8 @@ def error_vs_batch_size(
     set_log2_axis(ax, positions, decreasing)
     ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS["test_error"])
     add_legend(ax, [*((label, styles[label]) for label in labels), *sources.items()])
-    notes = [describe_lines(summary), describe_runs(kept, x), REFERENCE_NOTE if sources else ""]
+    notes = [describe_lines(summary), describe_runs(kept, x), describe_test_error(kept)]
+    notes += [REFERENCE_NOTE if sources else "", LEVEL_NOTE if len(placed) < len(labels) else ""]
     add_note(ax, [*notes, left_out, *name_gaps(frame)])
     return ax
 
@@ -239,7 +244,8 @@ def error_by_norm(
     keep_to_percent(axes[0])
     lines = [f"{label} ({LINE_NAMES[styles[label]['linestyle']]})" for label in familiar]
     grey = f"In grey: {' and '.join(lines)}." if lines else ""
-    notes = [describe_lines(summary), grey, describe_runs(kept, x), left_out, *name_gaps(frame)]
+    notes = [describe_lines(summary), grey, describe_runs(kept, x), describe_test_error(kept)]
+    notes += [LEVEL_NOTE if summary["x"].isna().any() else "", left_out, *name_gaps(frame)]
     add_figure_note(axes[0].figure, notes)
     return axes
 
@@ -266,15 +272,17 @@ def curves(
     if axes is None:
         across, down = measure_legend(labels)
         axes = new_axes(len(columns), (3.5 * len(columns) + across, max(3.6, 0.8 + down)))
+    is_cropped = False
     for ax, column in zip(axes, columns, strict=True):
-        _crop_start(ax, rows, column)
+        is_cropped |= _crop_start(ax, rows, column)
         for label in labels:
             line = {**styles[label], "markersize": 4.5}
             _draw_curve(ax, rows[rows["label"] == label], column, line, labels.index(label) / len(labels))
         set_epoch_axis(ax, rows["epoch"])  # the same epochs in each panel, whichever were tested
         ax.set_ylabel(AXIS_LABELS.get(column, column))
     add_legend(axes[-1], [(label, styles[label]) for label in labels])
-    notes = [CURVES_NOTE, describe_runs(rows), left_out, *name_gaps(_one_row_a_run(rows))]
+    notes = [*describe_curves(rows, columns, is_cropped), describe_runs(rows), left_out]
+    notes += name_gaps(_one_row_a_run(rows))
     add_figure_note(axes[0].figure, notes)
     return axes
 
@@ -297,9 +305,10 @@ def curves_by_batch_size(
         across, down = min(len(labels), MOST_COLUMNS), math.ceil(len(labels) / MOST_COLUMNS)
         axes = new_axes(len(labels), (2.5 * across + 0.6 + measure_legend(sizes)[0], 3 * down + 0.4), sharey=True)
     lines = {size: _style_batch_size(number, len(sizes)) for number, size in enumerate(sizes)}
+    is_cropped = False
     for ax, label in zip(axes, labels, strict=True):
         own = rows[rows["label"] == label]
-        _crop_start(ax, rows, column)
+        is_cropped |= _crop_start(ax, rows, column)
         for size in sizes:
             _draw_curve(ax, own[own["batch_size"] == size], column, lines[size], sizes.index(size) / len(sizes))
         set_epoch_axis(ax, rows["epoch"])
@@ -308,7 +317,8 @@ def curves_by_batch_size(
         ax.set_ylabel(AXIS_LABELS.get(column, column))
     last = axes[min(len(labels), MOST_COLUMNS) - 1]
     add_legend(last, [(str(size), lines[size]) for size in sizes], title="batch size")
-    notes = [CURVES_NOTE, describe_runs(rows), left_out, *name_gaps(_one_row_a_run(frame))]
+    notes = [*describe_curves(rows, [column], is_cropped), describe_runs(rows), left_out]
+    notes += name_gaps(_one_row_a_run(frame))
     add_figure_note(axes[0].figure, notes)
     return axes
 
@@ -360,6 +370,28 @@ def describe_lines(summary: pd.DataFrame) -> str:
     return f"{describe_means(summary)}{dots}.{describe_cuts(summary)}{crosses}"
 
 
+def describe_curves(frame: pd.DataFrame, columns: Sequence[str], is_cropped: bool) -> list[str]:
+    """What the lines of curves are, where the axis ends early, and which column was measured at one epoch alone."""
+    notes = [CURVES_NOTE] if frame.groupby("cell")["seed"].nunique().max() > 1 else ["n = 1 seed."]
+    notes += [CROP_NOTE] * is_cropped
+    for column in columns:
+        epochs = frame.loc[frame[column].notna(), "epoch"].unique()
+        if len(epochs) == 1:
+            name = AXIS_LABELS.get(column, column).partition(" (")[0]
+            notes.append(f"The {name} was measured after epoch {int(epochs[0])} alone.")
+    return notes
+
+
+def describe_test_error(frame: pd.DataFrame) -> str:
+    """Which number of a run `test_error` is, where it is not that of the last epoch."""
+    done = frame[frame["status"] == "done"]
+    if "report_epochs" not in done:
+        return ""
+    counts = sorted(done[["report_epochs", "epochs_done"]].min(axis="columns").dropna().astype(int).unique())
+    told = " or ".join(map(str, counts))
+    return "" if counts in ([], [1]) else f"A run's test error: the median over its last {told} epochs."
+
+
 def describe_means(summary: pd.DataFrame) -> str:
     """What points and bars are, with n."""
     n = summary.loc[summary["n"] > 0, "n"]
@@ -387,6 +419,8 @@ def describe_runs(frame: pd.DataFrame, x: str = "") -> str:
     }
     values = {key: frame[key].dropna().unique() for key in forms if key != x}
     parts = [forms[key].format(found[0]) for key, found in values.items() if len(found) == 1]
+    if frame["train_size"].isna().all() and len(values["data"]) == 1:
+        parts.insert(parts.index(forms["data"].format(values["data"][0])) + 1, "all training images")
     return ", ".join(parts) + "." if parts else ""
 
 
@@ -600,10 +634,10 @@ def _draw_curve(ax: Axes, rows: pd.DataFrame, column: str, line: dict, offset: f
     ax.plot(mean.index, mean, **line, markevery=marked, zorder=3)
 
 
-def _crop_start(ax: Axes, rows: pd.DataFrame, column: str) -> None:
+def _crop_start(ax: Axes, rows: pd.DataFrame, column: str) -> bool:
     """End the axis at the largest value after the first tenth of the epochs, so that the end can be read.
 
-    Where the start takes but little more room, it stays.
+    Where the start takes but little more room, it stays. Returns whether something is cut off.
     """
     every = rows[column].dropna()
     later = rows.loc[rows["epoch"] > rows["epoch"].max() / 10, column].dropna()
@@ -611,6 +645,7 @@ def _crop_start(ax: Axes, rows: pd.DataFrame, column: str) -> None:
     if len(shown):
         margin = 0.05 * (shown.max() - shown.min()) or 1
         ax.set_ylim(shown.min() - margin, shown.max() + margin)
+    return len(shown) < len(every)
 
 
 def _wrap(sentences: Sequence[str], width_in: float, most: int) -> str:
