@@ -1,7 +1,8 @@
-"""One run by several workers: the first executes it as if it were alone, the others make its steps with it.
+"""One run by as many workers as torchrun started; a process that it did not start trains by itself.
 
-The first worker alone locks, reads and writes the run's directory. It says from which state the training goes on; every
-worker then goes through the same steps and tests, so that all have the same history and meet the same end.
+The first worker executes a run as if it were alone, the others make its steps with it. It alone locks, reads and writes
+the run's directory, and says from which state the training goes on; every worker then goes through the same steps and
+tests, so that all have the same history and meet the same end.
 """
 
 import contextlib
@@ -12,15 +13,25 @@ import torch
 from gnbench.configs import partial
 from gnbench.datasets.split import split_sizes
 from gnbench.engine import make_engine
-from gnbench.engine.distributed import check_layer
 from gnbench.errors import UserError
 from gnbench.models import norm_and_activation
 from gnbench.plan import Run, make_recipe, unverified_images
-from gnbench.run import Interrupted, choose_device, execute, make_training, set_arithmetic, stop_signals
+from gnbench.run import Interrupted, check_runs, choose_device, execute, make_training, set_arithmetic, stop_signals
 from gnbench.train import Diverged, train
 from gnbench.trial import channel_counts
 from gnbench.words import number_of
 from gnbench.workers import FIRST, WorkerLost, broadcast, connected, count_workers, rank, share_signals
+
+
+def train_run(run: Run, progress: bool) -> dict | None:
+    """Check and train a run in this process, or with torchrun's other workers; its record, None on all but the first.
+
+    Raises:
+        UserError: it cannot be trained here, or not by so many workers.
+        WorkerLost: one of them ended.
+    """
+    check_runs([run])
+    return execute(run, progress) if count_workers() == 1 else execute_together(run, progress)
 
 
 def execute_together(run: Run, progress: bool = False) -> dict | None:
@@ -48,6 +59,8 @@ def check_workers(run: Run) -> None:
     Raises:
         UserError: names the batch, or the norm, and what is legal.
     """
+    from gnbench.engine.distributed import check_layer  # torch.distributed is for those who need it
+
     config, count = run.config, count_workers()
     if run.measures_cost:
         raise UserError(f"measure=cost is not legal for {count} workers: one process measures")

@@ -8,10 +8,10 @@ import torch
 from conftest import ROOT, compose_config, tiny_config
 from omegaconf import OmegaConf
 
-from gnbench.cli import Config
 from gnbench.configs import CONFIGS, choices, load_group, partial
 from gnbench.plan import SPLIT_KEYS, plan_run
 from gnbench.recipe import Recipe
+from gnbench.schema import Config
 
 CONTEXT = {"norm_batch_size": 4}
 

@@ -398,8 +398,8 @@ def _compose(files: dict[str, str]) -> "DictConfig":
     """What Hydra composes of configs/config.yaml with these files of its groups."""
     from omegaconf import OmegaConf
 
-    from gnbench.cli import Config
     from gnbench.configs import CONFIGS
+    from gnbench.schema import Config
 
     main = OmegaConf.load(CONFIGS / "config.yaml")
     own = {key: value for key, value in main.items() if key not in ("defaults", "hydra")}

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from gnbench.errors import SweepFailed, UserError
 from gnbench.record import LOG, RECORD, load_record
+from gnbench.schema import plan
 from gnbench.words import describe, number_of
 from gnbench.workers import count_workers
 from hydra_plugins.gnbench.composer import Composer
@@ -46,8 +47,6 @@ class Grid(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        from gnbench.cli import plan
-
         cells = self._combinations(arguments)
         composer = Composer(self.hydra_context, self.config)
         runs = {}
@@ -87,7 +86,7 @@ class Grid(Sweeper):
 
 def _train_together(runs: list[Any]) -> list[JobReturn]:
     """Train the one run of a grid in this process, which torchrun started beside others."""
-    from gnbench.cli import train_run
+    from gnbench.torchrun import train_run
 
     if len(runs) > 1:
         raise UserError(f"torchrun trains one run and this is a sweep of {len(runs)}: give each key one value")
