@@ -44,7 +44,7 @@ class Run:
         return repr({key: value for key, value in self.config.items() if key != "seed"})
 
     @property
-    def cost(self) -> float:
+    def effort(self) -> float:
         """Its work relative to other runs: a step takes about as long as 2 images more than it has."""
         if self.measures_cost:
             return 1.0  # it lasts as long as it is told to

@@ -28,7 +28,7 @@ class SweepTable:
 
     def __init__(self, jobs: Sequence["Job"], sweep: Sequence["Run"]) -> None:
         self.num_runs = sum(len(job.indices) for job in jobs)
-        self.cost = sum(job.cost for job in jobs)
+        self.effort = sum(job.effort for job in jobs)
         names = name_cells([run.config for run in sweep])
         self.cells = {run.digest: name for run, name in zip(sweep, names, strict=True)}
         self.watcher = Watcher(fresh=True)
@@ -46,20 +46,20 @@ class SweepTable:
         self.file.close()
         os.unlink(self.words)
 
-    def show(self, running: Sequence["Job"], done: int, failed: int, elapsed_s: float, cost_done: float) -> None:
+    def show(self, running: Sequence["Job"], done: int, failed: int, elapsed_s: float, effort_done: float) -> None:
         """Draw it anew.
 
         Args:
             running: the jobs under way.
             done: how many runs have ended with a result.
             elapsed_s: since the first job was started.
-            cost_done: the cost of the jobs that have ended.
+            effort_done: the effort of the jobs that have ended.
         """
         self._pass_on()
         rows = [self._make_row(job) for job in running]
-        trained = sum(job.cost * (row.share or 0.0) for job, row in zip(running, rows, strict=True))
-        left = self.cost - cost_done - trained
-        total = Row("all", share=1 - left / self.cost, left_s=_estimate_s(left, running, rows))
+        trained = sum(job.effort * (row.share or 0.0) for job, row in zip(running, rows, strict=True))
+        left = self.effort - effort_done - trained
+        total = Row("all", share=1 - left / self.effort, left_s=estimate_s(left, running, rows))
         total.images_per_s = sum(row.images_per_s or 0.0 for row in rows) or None
         num_running = sum(len(job.indices) for job in running)
         self.screen.show(
@@ -81,12 +81,12 @@ class SweepTable:
             print(words, end="" if words.endswith("\n") else "\n", flush=True)
 
 
-def _estimate_s(left: float, running: Sequence["Job"], rows: Sequence[Row]) -> float | None:
-    """Seconds that the cost `left` takes at the speed of the rows, no less than the slowest; None is not known yet."""
+def estimate_s(left: float, running: Sequence["Job"], rows: Sequence[Row]) -> float | None:
+    """Seconds that the effort `left` takes at the speed of the rows, at least the slowest's; None is not known yet."""
     pairs = [(job, row) for job, row in zip(running, rows, strict=True) if row.left_s and math.isfinite(row.left_s)]
     if not pairs:
         return None
-    speed = sum(job.cost * (1 - row.share) / row.left_s for job, row in pairs) * len(rows) / len(pairs)
+    speed = sum(job.effort * (1 - row.share) / row.left_s for job, row in pairs) * len(rows) / len(pairs)
     return max(left / speed, *(row.left_s for _, row in pairs)) if speed else None
 
 

@@ -298,15 +298,15 @@ def test_the_table_fits_into_every_window(width, height):
 def test_time_left_is_that_of_all_runs_at_the_speed_of_those_that_run():
     from types import SimpleNamespace
 
-    from gnbench.sweep_table import _estimate_s
+    from gnbench.sweep_table import estimate_s
 
-    jobs = [SimpleNamespace(cost=cost) for cost in (10.0, 30.0, 10.0)]
+    jobs = [SimpleNamespace(effort=effort) for effort in (10.0, 30.0, 10.0)]
     rows = [Row("a", share=0.5, left_s=50.0), Row("b", share=0.5, left_s=100.0), Row("c", note="starting")]
     per_s = (10 * 0.5 / 50 + 30 * 0.5 / 100) / 2 * 3  # the one that starts is taken to be like the others
-    assert _estimate_s(1000.0, jobs, rows) == pytest.approx(1000 / per_s)
-    assert _estimate_s(1.0, jobs, rows) == 100.0
-    assert _estimate_s(1000.0, jobs[2:], rows[2:]) is None
-    assert _estimate_s(1000.0, jobs[:1], [Row("a", share=0.5, left_s=float("inf"))]) is None
+    assert estimate_s(1000.0, jobs, rows) == pytest.approx(1000 / per_s)
+    assert estimate_s(1.0, jobs, rows) == 100.0
+    assert estimate_s(1000.0, jobs[2:], rows[2:]) is None
+    assert estimate_s(1000.0, jobs[:1], [Row("a", share=0.5, left_s=float("inf"))]) is None
 
 
 # The other commands

@@ -71,8 +71,8 @@ class Job:
     stalled: bool = False
 
     @property
-    def cost(self) -> float:
-        return sum(run.cost for run in self.runs) if self.runs else 1.0
+    def effort(self) -> float:
+        return sum(run.effort for run in self.runs) if self.runs else 1.0
 
     def split(self) -> list["Job"]:
         """A job for each of its runs."""
@@ -222,9 +222,9 @@ class _Pool:
 
     def _run(self, jobs: list[Job]) -> None:
         self.num_runs = sum(len(job.indices) for job in jobs)
-        self.started_s, self.cost_left = time.monotonic(), sum(job.cost for job in jobs)
-        self.cost_all = self.cost_left
-        waiting = sorted(jobs, key=lambda job: -job.cost)  # long ones first, so that the cores end together
+        self.started_s, self.effort_left = time.monotonic(), sum(job.effort for job in jobs)
+        self.effort_all = self.effort_left
+        waiting = sorted(jobs, key=lambda job: -job.effort)  # long ones first, so that the cores end together
         try:
             while waiting or self.running:
                 while waiting and len(self.running) < self.num_processes:
@@ -248,8 +248,8 @@ class _Pool:
             return
         running = [child.job for child in self.running.values()]
         failed = sum(each.status == JobStatus.FAILED for each in self.returns.values())
-        elapsed_s, cost_done = time.monotonic() - self.started_s, self.cost_all - self.cost_left
-        self.table.show(running, len(self.returns) - failed, failed, elapsed_s, cost_done)
+        elapsed_s, effort_done = time.monotonic() - self.started_s, self.effort_all - self.effort_left
+        self.table.show(running, len(self.returns) - failed, failed, elapsed_s, effort_done)
 
     def _start(self, job: Job) -> None:
         job.tries += 1
@@ -286,7 +286,7 @@ class _Pool:
             return job.split(), []
         if isinstance(said, str):
             said = [end_of(run, said) for run in job.runs or [None]]
-        self.cost_left -= job.cost
+        self.effort_left -= job.effort
         returns = [
             JobReturn(overrides=overrides, status=status)
             for overrides, (status, _) in zip(job.overrides, said, strict=True)
@@ -311,7 +311,7 @@ class _Pool:
     def _finish(self, index: int, returned: JobReturn) -> None:
         self.returns[index] = returned
         elapsed_s = time.monotonic() - self.started_s
-        left_s = elapsed_s * self.cost_left / max(self.cost_all - self.cost_left, 1e-9)
+        left_s = elapsed_s * self.effort_left / max(self.effort_all - self.effort_left, 1e-9)
         failed = sum(each.status == JobStatus.FAILED for each in self.returns.values())
         left = self.num_runs - len(self.returns)
         print(

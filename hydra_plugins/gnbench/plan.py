@@ -145,7 +145,7 @@ class Plan(Cores):
         lines = [f"left: {number_of(len(left), 'run')}, {number_of(steps, 'step')}, {number_of(images, 'image')}"]
         known = [calibration for calibration in calibrations.values() if not isinstance(calibration, str)]
         if known:
-            in_order = sorted(groups, key=lambda group: -sum(run.cost for run in group))  # as Cores starts them
+            in_order = sorted(groups, key=lambda group: -sum(run.effort for run in group))  # as Cores starts them
             times = [estimate_time(group, calibrations[_kind(group)]) for group in in_order]
             total_s = schedule([seconds for seconds in times if seconds is not None], self._num_processes())
             memory = max(calibration.memory_mb for calibration in known)

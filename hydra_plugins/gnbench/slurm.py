@@ -150,7 +150,7 @@ class Slurm(Cores):
     def _pack(self) -> list[list[int]]:
         """The places of the runs of each task: of runs that take about as long as one another, the longest first."""
         most, parcels, room = self.options["runs_per_task"], [], 0
-        for group in sorted(self._group(self.runs), key=lambda group: -sum(self.runs[i].cost for i in group)):
+        for group in sorted(self._group(self.runs), key=lambda group: -sum(self.runs[i].effort for i in group)):
             for part in [group[i : i + most] for i in range(0, len(group), most)] if most else [group]:
                 size = len(part) if most else 1
                 if size > room:
