@@ -25,12 +25,13 @@ import gnbench.run as run_module
 from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.configs import choices
 from gnbench.data import prepare, train_batches
-from gnbench.engine import CudaGraph, Eager, Fused, make_engine, most_lanes, share_out
+from gnbench.engine import CudaGraph, Eager, Fused, make_engine, most_lanes
 from gnbench.errors import UserError
 from gnbench.plan import Run, plan_run
 from gnbench.record import RECORD, load_record
 from gnbench.run import execute, execute_group, set_arithmetic
 from gnbench.train import Diverged, Training, summarize, train
+from hydra_plugins.gnbench.cores import Cores
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch.compile's own
 SEEDS = (3, 4, 5)
@@ -287,6 +288,18 @@ def test_a_diverged_member_leaves_the_others_their_bits(norm):
         train(engine, pause=lambda: None)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "most", "sizes"), [(3, 8, [3]), (9, 8, [5, 4]), (10, 3, [3, 3, 2, 2]), (2, 1, [1, 1])]
+)
+def test_the_seeds_of_a_cell_go_to_the_fewest_processes_as_evenly_as_can_be(seeds, most, sizes):
+    launcher = Cores(num_processes=1, seeds_per_process=most)
+    other = plan_run(tiny_config("norm=gn"), default_threads=1)
+    launcher.runs = [other, *(plan_run(tiny_config(f"seed={seed}"), default_threads=1) for seed in range(seeds))]
+    alone, *groups = launcher._group(launcher.runs)
+    assert (alone, [len(group) for group in groups]) == ([0], sizes)
+    assert [index for group in groups for index in group] == list(range(1, seeds + 1))
+
+
 def test_which_engine_auto_takes():
     config = tiny_config("norm=bn", "batch_size=8")
     assert most_lanes(config, on_gpu=False) == 8
@@ -297,7 +310,6 @@ def test_which_engine_auto_takes():
     stranger = {**config["norm"], "_target_": "mine.Norm"}
     assert most_lanes({**config, "norm": stranger}, on_gpu=False) == 1
     assert most_lanes({**config, "norm": {**config["norm"], "weight": stranger}}, on_gpu=False) == 1
-    assert [share_out(*sizes) for sizes in ((3, 8), (9, 8), (10, 3), (2, 1))] == [[3], [5, 4], [3, 3, 2, 2], [1, 1]]
     (training, *_) = trainings()
     assert make_engine([training], "eager").name == "eager"
     assert make_engine([training], "auto").name == "channels_last"

@@ -7,7 +7,6 @@ of every member; gnbench.train.train drives it.
 """
 
 import ctypes
-import math
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +31,6 @@ __all__ = [
     "make_engine",
     "most_lanes",
     "prefers_channels_last",
-    "share_out",
 ]
 
 MOST_LANES = 8  # seeds as one network: with so many, even batches of 2 fill the kernels
@@ -125,16 +123,6 @@ def _targets(node: dict) -> list[str]:
     """The import paths in a config node and the nodes below it."""
     below = [target for value in node.values() if isinstance(value, dict) for target in _targets(value)]
     return below + [node["_target_"]] * ("_target_" in node)
-
-
-def share_out(num_seeds: int, most: int) -> list[int]:
-    """Sizes, as even as can be, of the fewest groups of at most `most` seeds.
-
-    >>> share_out(10, 8)
-    [5, 5]
-    """
-    num_groups = math.ceil(num_seeds / most)
-    return [num_seeds // num_groups + (group < num_seeds % num_groups) for group in range(num_groups)]
 
 
 def keep_freed_memory() -> None:

@@ -6,6 +6,7 @@ dies, its processes write their checkpoints and stop. On a terminal a table says
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -147,17 +148,18 @@ class Cores(Launcher):
 
     def _group(self, runs: list[Any]) -> list[list[int]]:
         """The places of the runs of each process: the seeds of a cell together, where that is worth it."""
-        from gnbench.engine import most_lanes, share_out
+        import numpy as np
+
+        from gnbench.engine import most_lanes
 
         cells: dict[str, list[int]] = {}
         for index, run in enumerate(runs):
             cells.setdefault(run.cell, []).append(index)
-        fill = -(-len(runs) // self._num_processes())  # more in one process would leave others without work
+        fill = math.ceil(len(runs) / self._num_processes())  # more in one process would leave others without work
         groups = []
         for cell in cells.values():
             most = min(fill, most_lanes(runs[cell[0]].config, self._on_gpu(), self.seeds_per_process))
-            sizes = share_out(len(cell), most)
-            groups += [cell[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+            groups += [group.tolist() for group in np.array_split(cell, math.ceil(len(cell) / most))]
         return groups
 
     def _describe(self, jobs: list[Job]) -> str:
