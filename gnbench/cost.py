@@ -67,7 +67,7 @@ class Subject:
 
 
 def measure_cost(config: dict, make: MakeTraining, pause: Callable[[], None] = lambda: None) -> dict:
-    """What a record's `cost` says of a planned measurement, as docs/record.md has it, and its `num_parameters`.
+    """What a record's `cost` says of a measurement, as docs/record.md has it, and its `engine` and `num_parameters`.
 
     Args:
         config: of the run.
@@ -88,6 +88,7 @@ def measure_cost(config: dict, make: MakeTraining, pause: Callable[[], None] = l
     warm_up(bn, config["cost_warm_up"])
     rounds = time_rounds({"": norm, "bn_": bn}, config["cost_rounds"], config["cost_round_s"], pause)
     cost = {
+        "engine": norm.engine.name,
         "norm_format": norm.format,
         "bn_format": bn.format,
         "image_shape": list(norm.images.shape[1:]),

@@ -25,6 +25,7 @@ PROGRESS = "progress.json"  # how far a run under way is: gnbench/progress.py
 LOCK = ".lock"  # held while a process trains the run; the system lets go of it when the process dies
 STATUSES = ("running", "done", "diverged", "failed", "interrupted")
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
+TOGETHER = "as one network"  # in `environment.engine` of a run that was not trained by itself
 PART = ".part"  # ends the name of a file that is still being written
 WRONG_KIND = (TypeError, KeyError, AttributeError, ValueError, OverflowError)  # what strange values make a reader raise
 CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is kept as evidence

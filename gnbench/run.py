@@ -314,7 +314,7 @@ def _measure_recorded(member: _Member, device: torch.device) -> None:
         member.save(environment=environment)
         cost = measure_cost(config, make, pause)
         pause()
-        environment["engine"] = "channels_last" if cost["norm_format"] == "channels_last" else "eager"
+        environment["engine"] = cost.pop("engine")
         member.finish(status="done", num_parameters=cost.pop("num_parameters"), cost=cost)
     log.info("%.2f ms a step, %.2f of BN's", cost["step_ms"], cost["step_ratio"], extra={"run": member.run.name})
 

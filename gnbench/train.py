@@ -123,6 +123,9 @@ class Engine(Protocol):
 
     members: list[Training]  # at the same step, alike but for their seeds; one that diverges or fails is taken out
 
+    @property
+    def name(self) -> str: ...  # how a step is executed, as a record's `environment.engine` says it
+
     def set_train_mode(self, frozen: bool) -> None: ...
 
     def step(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]: ...

@@ -21,8 +21,9 @@ from hydra_plugins.gnbench.plan import Calibration, Plan
 TINY = ("data=tiny", "model=resnet8", "epochs=2", "batch_size=8", "num_threads=1", "results=out")
 PLAN = ("-m", *TINY, "hydra/launcher=plan")
 NUMBERS = Calibration(
-    engine="eager", setup_s=2.0, step_s=3.0, test_s=5.0, val_s=7.0, end_s=11.0, memory_mb=300.0, whole=True
-)
+    engine="eager", compiled=False, setup_s=2.0, step_s=3.0, test_s=5.0, val_s=7.0, end_s=11.0, memory_mb=300.0,
+    whole=True,
+)  # fmt: skip
 
 
 def plan_tiny(directory, *words):

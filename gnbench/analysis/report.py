@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gnbench.console import as_command
 from gnbench.errors import UserError
-from gnbench.record import write_atomic
+from gnbench.record import TOGETHER, write_atomic
 from gnbench.words import number_of
 
 if TYPE_CHECKING:  # pandas takes a second to import, which --help need not wait for
@@ -56,7 +56,6 @@ NORM_COLUMNS = {
     "num_parameters": "of the model",
     "source": "source",
 }
-TOGETHER = "as one network"  # in the engine of a run that was not trained by itself
 TIME_NOTE = (
     "Where several seeds were trained as one network (the engine of a run says so), each one's time is that of the "
     "whole process and its images/s are its own share: the process trained as many times more as it had seeds."

@@ -63,8 +63,16 @@ class Eager(StepEngine):
 
     @property
     def name(self) -> str:
-        compiled = isinstance(self.network, _Compiled) and self.network.works
-        return ", ".join(["channels_last"] * self.channels_last + ["compiled"] * compiled) or "eager"
+        return ", ".join(["channels_last"] * self.channels_last + ["compiled"] * self.is_compiled) or "eager"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model runs through torch.compile."""
+        return isinstance(self.network, _Compiled) and self.network.works
+
+    def stop_compiling(self) -> None:
+        """Run the model as it is from here on."""
+        self.network = self.members[0].model
 
     def set_train_mode(self, frozen: bool) -> None:
         """Training mode; with `frozen`, running statistics are used as they are."""

@@ -20,6 +20,7 @@ from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
 from gnbench.norms.group import GroupNorm
 from gnbench.precise_bn import set_train_mode
+from gnbench.record import TOGETHER
 from gnbench.train import MOMENTUM, Training, lay_out_momenta, make_optimizer
 
 Lanes = Sequence[nn.Module | None]  # one module a lane, of the same kind; None where a lane is empty
@@ -38,7 +39,7 @@ class Fused(StepEngine):
     """
 
     def __init__(self, lanes: Sequence[Training | None], channels_last: bool = True) -> None:
-        self.name = f"{len(lanes)} seeds as one network" + ", channels_last" * channels_last
+        self.name = f"{len(lanes)} seeds {TOGETHER}" + ", channels_last" * channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.lanes = list(lanes)
         self.members = [training for training in lanes if training is not None]

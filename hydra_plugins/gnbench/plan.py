@@ -63,6 +63,7 @@ class Calibration:
     """What a process takes to train its seeds, as measured for a short time."""
 
     engine: str
+    compiled: bool  # whether the sweep would wait for torch.compile, which the calibration does not
     setup_s: float  # from the start of its process to the first step
     step_s: float  # of all its seeds; their batches of images too
     test_s: float  # of one seed: a test of an epoch,
@@ -157,7 +158,7 @@ class Plan(Cores):
                 "it counts the tests of every epoch, the errors by statistics at the end, and each run from its start;",
                 "it leaves out checkpoints, and whatever else the machine will have to do",
             ]
-        if any("compiled" in calibration.engine for calibration in known):
+        if any(calibration.compiled for calibration in known):
             lines.append("it leaves out torch.compile, which some runs wait for, half a minute each, and gain by")
         failures = {reason: None for reason in calibrations.values() if isinstance(reason, str)}
         lines += [f"without an estimate, and not in the total: {reason}" for reason in failures]
@@ -272,7 +273,7 @@ def calibrate(runs: list[Any], started_s: float) -> Calibration:
     Args:
         started_s: when the process was started, by time.time().
     """
-    from gnbench.engine import make_engine
+    from gnbench.engine import Eager, make_engine
     from gnbench.run import choose_device, make_training, set_arithmetic
     from gnbench.train import RESPONSE, peak_memory_mb
 
@@ -282,9 +283,9 @@ def calibrate(runs: list[Any], started_s: float) -> Calibration:
     trainings = [make_training(run, device) for run in runs]
     engine = make_engine(trainings, config["engine"])
     setup_s = time.time() - started_s
-    name = engine.name
-    if "compiled" in name:  # half a minute for which a plan does not wait
-        engine.network = trainings[0].model
+    name, compiled = engine.name, isinstance(engine, Eager) and engine.is_compiled
+    if compiled:  # half a minute for which a plan does not wait
+        engine.stop_compiling()
     step_s = _measure_step(engine)
     lead = trainings[0]
     dataset, num_test = lead.dataset, len(lead.dataset.test)
@@ -294,6 +295,7 @@ def calibrate(runs: list[Any], started_s: float) -> Calibration:
     responses = largest if hasattr(lead.model, RESPONSE) else 0
     return Calibration(
         engine=name,
+        compiled=compiled,
         setup_s=setup_s,
         step_s=step_s,
         test_s=image_s * (num_test + responses),
