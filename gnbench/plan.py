@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 import math
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -144,11 +143,6 @@ def load_images(node: dict, verify: bool = True) -> Images:
 def unverified_images(node_json: str) -> Images:
     """The images of a `data` node, as JSON, whose fingerprint and sizes are wanted rather than their pixels."""
     return load_images(json.loads(node_json), verify=False)
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _num_threads(asked: int | str, default: int) -> int:

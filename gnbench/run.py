@@ -5,10 +5,7 @@ import dataclasses
 import functools
 import json
 import logging
-import os
-import platform
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -20,7 +17,6 @@ import filelock
 import torch
 from tqdm import tqdm
 
-import gnbench
 from gnbench.board import Board, check_tensorboard
 from gnbench.build import build_model
 from gnbench.checkpoint import CURRENT, PREVIOUS, delete_checkpoints, load_checkpoints, save_checkpoint
@@ -28,14 +24,14 @@ from gnbench.configs import arguments, partial
 from gnbench.cost import measure_cost
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
-from gnbench.engine import check_engine, keep_freed_memory, make_engine
+from gnbench.engine import check_engine, make_engine
 from gnbench.errors import UserError
-from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, num_cores
+from gnbench.machine import choose_device, describe_environment, set_arithmetic
+from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe
 from gnbench.progress import Teller
 from gnbench.record import (
     CORRUPT,
     LOCK,
-    LOG,
     RECORD,
     cannot_write,
     check_place,
@@ -44,10 +40,10 @@ from gnbench.record import (
     save_record,
     set_aside,
 )
-from gnbench.torchvision_compat import import_torchvision
+from gnbench.run_log import logging_to
 from gnbench.train import Diverged, Engine, Training, summarize, train
 from gnbench.trial import check_batches, check_norm
-from gnbench.workers import broadcast, choose_own_gpu, count_workers, share_signals
+from gnbench.workers import broadcast, count_workers, share_signals
 
 log = logging.getLogger(__name__)
 LOCK_WAIT_S = 3.0  # for a run's lock: a process whose launcher was killed needs a step and a checkpoint to let go of it
@@ -126,7 +122,7 @@ def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) 
                 if len(runs) == 1:
                     raise
                 records[run.digest] = {**_new_record(run), "status": "failed", "cause": _explain(error)}
-        stack.enter_context(_logging_to([member.run for member in members]))
+        stack.enter_context(logging_to([member.run for member in members]))
         for member in members:
             _clear(member.run.directory)
         if members:
@@ -168,28 +164,6 @@ def record_death(run: Run, cause: str) -> None:
             record = _new_record(run)
         if record.get("status") == "running":
             save_record(run.directory / RECORD, {**record, "status": "failed", "cause": cause})
-
-
-def choose_device(name: str, precision: str) -> torch.device:
-    """The torch device of `device` and `precision`; auto is a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device here, or not one for each worker, or the precision is not for it.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = choose_own_gpu(name, torch.cuda.device_count())
-    try:
-        device = torch.device(name)
-        if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-            torch.empty(0, device=device)  # not on a GPU that is there, where a sweep's launcher would keep a context
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device={name} is not to be had here: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device={name} is not legal: it is auto, cpu, cuda, cuda:1, ...")
-    if precision == "tf32" and device.type != "cuda":
-        raise UserError(f"precision=tf32 is not legal on device={name}: it is float32 or bf16 there")
-    return device
 
 
 def _new_record(run: Run) -> dict:
@@ -300,7 +274,7 @@ def _train_recorded(members: list[_Member], progress: bool, alone: bool) -> None
 
 def _measure_recorded(member: _Member, device: torch.device) -> None:
     """Measure what a norm costs. It takes seconds: one that is stopped begins anew."""
-    config, environment = member.run.config, _environment(member.run, device)
+    config, environment = member.run.config, describe_environment(member.run.config, device)
 
     def make(norm: dict) -> Training:
         return make_training(dataclasses.replace(member.run, config={**config, "norm": norm}), device)
@@ -338,7 +312,7 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
 
     def start(training: Training) -> None:
         members[training].save(
-            environment={**_environment(members[training].run, device), "engine": engine.name},
+            environment={**describe_environment(config, device), "engine": engine.name},
             num_parameters=sum(parameter.numel() for parameter in training.model.parameters()),
             history=training.progress.history,
         )
@@ -365,18 +339,6 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
             )
             if stop and engine.members:
                 pause.stop_here()
-
-
-def set_arithmetic(config: dict) -> None:
-    """Threads, memory, matrix products and the choice of algorithms, for the whole process."""
-    torch.set_num_threads(config["num_threads"])
-    keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if config["precision"] == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = config["precision"] == "tf32"
-    deterministic = bool(config.get("deterministic"))
-    if deterministic:  # cuBLAS reads it when it starts; without it torch refuses its matrix products
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def _line_up(members: list[_Member], keep_lanes: bool) -> list[tuple[list[str], list[_Member | None]]]:
@@ -566,65 +528,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-class _LogFile(logging.FileHandler):
-    """run.log. A line that finds no room on the disk is left out: it is the record's write that stops a run there."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            super().close()
-
-
-@contextlib.contextmanager
-def _logging_to(runs: list[Run]) -> Iterator[None]:
-    """Log to each run's file what concerns it or all; warnings, of what was found damaged, to standard error too."""
-    console = logging.StreamHandler()
-    console.setFormatter(logging.Formatter("gnbench: %(message)s"))
-    console.addFilter(lambda record: record.levelno == logging.WARNING)
-    handlers = [console]
-    for run in runs:
-        file = _LogFile(run.directory / LOG, encoding="utf-8", delay=True)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        file.addFilter(lambda record, name=run.name: getattr(record, "run", name) == name)
-        handlers.append(file)
-    logger = logging.getLogger("gnbench")
-    logger.setLevel(logging.INFO)
-    for handler in handlers:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
-
-
-def _environment(run: Run, device: torch.device) -> dict:
-    return {
-        "gnbench": gnbench.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": import_torchvision().__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": name_processor(),
-        "cores": num_cores(),
-        "num_threads": run.config["num_threads"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-
-
-def name_processor() -> str:
-    """The processor's model, as its maker calls it."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -8,7 +8,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from gnbench.configs import CONFIGS, choices
 from gnbench.errors import UserError
-from gnbench.plan import Run, num_cores, plan_run
+from gnbench.machine import num_cores
+from gnbench.plan import Run, plan_run
 from gnbench.recipe import Recipe
 
 

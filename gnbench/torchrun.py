@@ -14,9 +14,10 @@ from gnbench.configs import partial
 from gnbench.datasets.split import split_sizes
 from gnbench.engine import make_engine
 from gnbench.errors import UserError
+from gnbench.machine import choose_device, set_arithmetic
 from gnbench.models import norm_and_activation
 from gnbench.plan import Run, make_recipe, unverified_images
-from gnbench.run import Interrupted, check_runs, choose_device, execute, make_training, set_arithmetic, stop_signals
+from gnbench.run import Interrupted, check_runs, execute, make_training, stop_signals
 from gnbench.train import Diverged, train
 from gnbench.trial import channel_counts
 from gnbench.words import number_of

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from gnbench.data import Dataset, images_ahead, train_batches
 from gnbench.diagnostics import diagnose, is_due
 from gnbench.evaluate import error_by_statistics, evaluate, response_percentiles
+from gnbench.machine import peak_memory_mb
 from gnbench.recipe import Recipe
 from gnbench.timing import wait_for_device
 
@@ -224,18 +224,6 @@ def summarize(training: Training) -> dict:
         "train_loss": last["train_loss"],
         "time_s": sum(row["time_s"] for row in history),
     }
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Largest memory so far in MiB: of the device where it is a GPU, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _end_epoch(training: Training, epoch: int) -> None:

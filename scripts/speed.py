@@ -32,12 +32,11 @@ from PIL import Image
 import gnbench
 from gnbench.data import Dataset, Split, images_ahead, train_batches
 from gnbench.engine import make_engine, most_lanes
-from gnbench.plan import num_cores
+from gnbench.machine import name_processor, num_cores, peak_memory_mb, set_arithmetic
 from gnbench.recipe import Recipe
-from gnbench.run import name_processor, set_arithmetic
 from gnbench.timing import wait_for_device
 from gnbench.torchvision_compat import import_torchvision
-from gnbench.train import Training, peak_memory_mb
+from gnbench.train import Training
 from hydra_plugins.gnbench.cores import MOST_ON_A_GPU
 
 WAYS = ("common", "eager", "gnbench")

@@ -18,9 +18,10 @@ import gnbench.run as run_module
 from gnbench.checkpoint import CURRENT, load_checkpoints
 from gnbench.engine import check_engine
 from gnbench.errors import UserError
+from gnbench.machine import choose_device
 from gnbench.plan import Run, plan_run
 from gnbench.record import RECORD, load_record
-from gnbench.run import Interrupted, choose_device, execute
+from gnbench.run import Interrupted, execute
 from gnbench.torchrun import check_workers
 from gnbench.workers import choose_own_gpu, count_workers
 

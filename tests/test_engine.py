@@ -27,9 +27,10 @@ from gnbench.configs import choices
 from gnbench.data import prepare, train_batches
 from gnbench.engine import CudaGraph, Eager, Fused, make_engine, most_lanes
 from gnbench.errors import UserError
+from gnbench.machine import set_arithmetic
 from gnbench.plan import Run, plan_run
 from gnbench.record import RECORD, load_record
-from gnbench.run import execute, execute_group, set_arithmetic
+from gnbench.run import execute, execute_group
 from gnbench.train import Diverged, Training, summarize, train
 from hydra_plugins.gnbench.cores import Cores
 

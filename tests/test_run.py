@@ -10,9 +10,10 @@ from filelock import FileLock
 from gnbench import run as run_module
 from gnbench.checkpoint import CURRENT, PREVIOUS, load_checkpoints, save_checkpoint
 from gnbench.errors import UserError
+from gnbench.machine import choose_device
 from gnbench.plan import Run, plan_run
 from gnbench.record import load_record, save_record
-from gnbench.run import check_runs, choose_device, execute
+from gnbench.run import check_runs, execute
 
 
 def plan(tmp_path, *words: str) -> Run:

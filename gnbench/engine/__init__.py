@@ -6,8 +6,6 @@
 of every member; gnbench.train.train drives it.
 """
 
-import ctypes
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +25,6 @@ __all__ = [
     "Eager",
     "Fused",
     "check_engine",
-    "keep_freed_memory",
     "make_engine",
     "most_lanes",
     "prefers_channels_last",
@@ -123,14 +120,3 @@ def _targets(node: dict) -> list[str]:
     """The import paths in a config node and the nodes below it."""
     below = [target for value in node.values() if isinstance(value, dict) for target in _targets(value)]
     return below + [node["_target_"]] * ("_target_" in node)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one: it gives large blocks back to the system otherwise."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        if libc.mallopt(mmap_threshold, 2**30):  # 0 where that is more than it takes
-            libc.mallopt(trim_threshold, 2**31 - 1)

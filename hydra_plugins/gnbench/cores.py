@@ -26,6 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from gnbench.errors import UserError
+from gnbench.machine import num_cores
 from gnbench.record import RECORD, load_record
 from gnbench.sweep_table import REDRAW_S, SweepTable, print_into
 from gnbench.watch import is_terminal
@@ -179,8 +180,6 @@ class Cores(Launcher):
         return any(run.measures_cost for run in self.runs or ())
 
     def _num_processes(self) -> int:
-        from gnbench.plan import num_cores
-
         if self._measures_cost():
             return 1
         most = MOST_ON_A_GPU if self._on_gpu() else num_cores()

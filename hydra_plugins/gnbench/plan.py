@@ -274,8 +274,9 @@ def calibrate(runs: list[Any], started_s: float) -> Calibration:
         started_s: when the process was started, by time.time().
     """
     from gnbench.engine import Eager, make_engine
-    from gnbench.run import choose_device, make_training, set_arithmetic
-    from gnbench.train import RESPONSE, peak_memory_mb
+    from gnbench.machine import choose_device, peak_memory_mb, set_arithmetic
+    from gnbench.run import make_training
+    from gnbench.train import RESPONSE
 
     config = runs[0].config
     device = choose_device(config["device"], config["precision"])
