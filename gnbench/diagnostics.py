@@ -127,7 +127,7 @@ class _Place:
     def add_input(self, x: Tensor) -> None:
         x = x.double()
         moments = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))], 1)  # (B, 2, C)
-        if self.norm_batch_size and len(x) % self.norm_batch_size == 0:  # worker w has the images w, w + W, ...
+        if self.norm_batch_size and len(x) % self.norm_batch_size == 0:  # as NormBatches deals them out
             moments = moments.unflatten(0, (self.norm_batch_size, -1)).transpose(0, 1).flatten(0, 1)
         self.moments.append(moments)
 

@@ -1,8 +1,8 @@
 """One training by several workers: each takes its share of every batch, and gradients and statistics are shared.
 
 Worker r of W holds the images r, r + W, r + 2W, ... of a batch. That is how `gnbench.norms.batch.NormBatches` deals a
-batch out to the workers that it imitates, so that every one of its normalization batches is inside one worker wherever
-their number is a multiple of W; else all workers take part in each.
+batch out to its normalization batches, so that each of these is inside one worker wherever their number is a multiple
+of W; else all workers take part in each.
 """
 
 import copy
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from gnbench.engine.eager import Eager, forward, set_train_mode
+from gnbench.engine.eager import Eager, forward
 from gnbench.errors import UserError
 from gnbench.norms.batch import BatchNorm, NormBatches
 from gnbench.norms.precision import widen
-from gnbench.precise_bn import layers_with_statistics
+from gnbench.precise_bn import layers_with_statistics, set_train_mode
 from gnbench.train import Training
 from gnbench.workers import count_workers, noticing_loss, rank
 
@@ -101,10 +101,10 @@ def check_layer(layer: nn.Module, batch_size: int, label: str) -> None:
             "gnbench.norms.NormBatches; one process can train it"
         )
     for module in split:
-        groups = module.count_batches(batch_size)
-        if groups % count_workers() and type(module) is not BatchNorm:
+        num_batches = module.count_batches(batch_size)
+        if num_batches % count_workers() and type(module) is not BatchNorm:
             raise UserError(
-                f"{label} cannot be trained by {count_workers()} workers: {batch_size // groups} of {batch_size} "
+                f"{label} cannot be trained by {count_workers()} workers: {batch_size // num_batches} of {batch_size} "
                 "images share statistics and are not one worker's, which only BN can do; one process can train it"
             )
 
@@ -136,19 +136,19 @@ class _SharedBatchNorm(BatchNorm):
         self.num_images = num_images
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = self.count_batches(self.num_images())
-        if not self.training or groups % count_workers() == 0:
+        num_batches = self.count_batches(self.num_images())
+        if not self.training or num_batches % count_workers() == 0:
             return super().forward(x)
         places = torch.arange(rank(), self.num_images(), count_workers(), device=x.device)  # of the share in the batch
-        return self._normalize_groups(x, places % groups, groups)
+        return self._normalize_batches(x, places % num_batches, num_batches)
 
-    def _normalize_groups(self, x: Tensor, group: Tensor, groups: int) -> Tensor:
-        """Each image normalized over all images of its `group` (n,), on whatever worker they are."""
-        size = self.num_images() // groups  # images in a group
+    def _normalize_batches(self, x: Tensor, batch: Tensor, num_batches: int) -> Tensor:
+        """Each image normalized over all images of its normalization `batch` (n,), on whatever worker they are."""
+        size = self.num_images() // num_batches  # images in a normalization batch
         var, mean = (moment.double() for moment in torch.var_mean(widen(x), (2, 3), correction=0))  # (n, C) each
         moments = torch.stack([mean, var + mean.square()], 1)  # in float64, where E[x^2] - E[x]^2 loses nothing
-        sums = _SumOverWorkers.apply(moments.new_zeros(groups, *moments.shape[1:]).index_add(0, group, moments))
-        mean, square = (sums / size).unbind(1)  # (G, C) each
+        sums = _SumOverWorkers.apply(moments.new_zeros(num_batches, *moments.shape[1:]).index_add(0, batch, moments))
+        mean, square = (sums / size).unbind(1)  # (num_batches, C) each
         var = square - mean.square()
         with torch.no_grad():
             count = size * x[0, 0].numel()
@@ -156,7 +156,7 @@ class _SharedBatchNorm(BatchNorm):
             self._follow(self.running_var, (var * count / max(1, count - 1)).to(self.running_var.dtype))
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        scale, shift = (each[group, :, None, None].to(widen(x).dtype) for each in (scale, shift))
+        scale, shift = (each[batch, :, None, None].to(widen(x).dtype) for each in (scale, shift))
         return (widen(x) * scale + shift).to(x.dtype)
 
 

@@ -29,19 +29,19 @@ class NormBatches(nn.Module):
         self.momentum = momentum
 
     def _split(self, x: Tensor) -> Tensor:
-        """(N, C, H, W') -> (NBS, W, C, H, W'): worker w has [:, w]; in evaluation there is one."""
-        workers = self.count_batches(len(x)) if self.training else 1
-        return x.unflatten(0, (len(x) // workers, workers))
+        """(N, C, H, W') -> (NBS, W, C, H, W'): normalization batch w is [:, w]; in evaluation there is one."""
+        num_batches = self.count_batches(len(x)) if self.training else 1
+        return x.unflatten(0, (len(x) // num_batches, num_batches))
 
     def count_batches(self, batch_size: int) -> int:
         """W: the normalization batches of so many images in training; `BatchNorm` says how."""
         if self.norm_batch_size is None:
             return 1
         most = max(1, batch_size // self.norm_batch_size)
-        return next(workers for workers in range(most, 0, -1) if batch_size % workers == 0)
+        return next(num_batches for num_batches in range(most, 0, -1) if batch_size % num_batches == 0)
 
     def _follow(self, running: Tensor, newest: Tensor) -> None:
-        """Move running statistics (C,) towards the average of the workers' newest (W, C)."""
+        """Move running statistics (C,) towards the average of the normalization batches' newest (W, C)."""
         running.lerp_(newest.detach().mean(0), self.momentum)
 
 
@@ -52,13 +52,13 @@ class BatchNorm(NormBatches):
     (biased) are taken for each channel over the positions of `norm_batch_size` images; in evaluation they are the
     running statistics.
 
-    A batch of N images is W = N / NBS normalization batches, as if W workers held NBS images each. Worker w holds
-    the images w, w + W, w + 2W, ... so that (N, C, H, W') seen as (NBS, W * C, H, W') needs no copy. The running
-    mean and (unbiased) variance move by `momentum` towards the average over the W workers: what each of W workers
-    would keep, averaged; not W successive updates. NBS = N is torch.nn.BatchNorm2d, bit for bit.
+    A batch of N images is W = N / NBS normalization batches, as if W workers held NBS images each. The w-th has the
+    images w, w + W, w + 2W, ... so that (N, C, H, W') seen as (NBS, W * C, H, W') needs no copy. The running mean and
+    (unbiased) variance move by `momentum` towards the average over the W batches: what each of them by itself would
+    lead to, averaged; not W successive updates. NBS = N is torch.nn.BatchNorm2d, bit for bit.
 
     Where NBS does not divide a batch (an epoch's smaller last one, kept by drop_last=false), W is the largest divisor
-    of N that leaves at least NBS images to each worker, or 1 where N is below NBS.
+    of N that leaves at least NBS images to each of them, or 1 where N is below NBS.
 
     Args:
         num_channels: C.
@@ -80,21 +80,21 @@ class BatchNorm(NormBatches):
         self.register_buffer("running_var", torch.ones(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        workers = self.count_batches(len(x)) if self.training else 1
-        if workers == 1:
-            weight, bias = self._affine(x, workers)
+        num_batches = self.count_batches(len(x)) if self.training else 1
+        if num_batches == 1:
+            weight, bias = self._affine(x, num_batches)
             return self._normalize(x, self.running_mean, self.running_var, weight, bias)
         if torch.compiler.is_compiling() and type(self) is BatchNorm:
-            return self._by_workers(x)
-        grouped = x.reshape(len(x) // workers, -1, *x.shape[2:])  # (N, C, H, W') -> (NBS, W * C, H, W')
-        means, variances = self.running_mean.repeat(workers), self.running_var.repeat(workers)
-        weight, bias = self._affine(grouped, workers)
+            return self._normalize_split(x)
+        grouped = x.reshape(len(x) // num_batches, -1, *x.shape[2:])  # (N, C, H, W') -> (NBS, W * C, H, W')
+        means, variances = self.running_mean.repeat(num_batches), self.running_var.repeat(num_batches)
+        weight, bias = self._affine(grouped, num_batches)
         y = self._normalize(grouped, means, variances, weight, bias)
-        self.running_mean.copy_(means.view(workers, -1).mean(0))
-        self.running_var.copy_(variances.view(workers, -1).mean(0))
+        self.running_mean.copy_(means.view(num_batches, -1).mean(0))
+        self.running_var.copy_(variances.view(num_batches, -1).mean(0))
         return y.view_as(x)
 
-    def _by_workers(self, x: Tensor) -> Tensor:
+    def _normalize_split(self, x: Tensor) -> Tensor:
         """The same from a view that a channels_last batch has too, for torch.compile to make one loop of."""
         split = self._split(widen(x))
         mean = split.mean((0, 3, 4))
@@ -107,11 +107,11 @@ class BatchNorm(NormBatches):
         y = centred * scale[..., None, None] + self.bias[:, None, None]
         return y.flatten(0, 1).to(x.dtype)
 
-    def _affine(self, grouped: Tensor, workers: int) -> tuple[Tensor, Tensor]:
-        """Scale and shift of each worker's channels (W * C,); `grouped` is what they will be applied to."""
-        if workers == 1:
+    def _affine(self, grouped: Tensor, num_batches: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift (W * C,), each normalization batch's own; `grouped` is what they will be applied to."""
+        if num_batches == 1:
             return self.weight, self.bias
-        return self.weight.repeat(workers), self.bias.repeat(workers)
+        return self.weight.repeat(num_batches), self.bias.repeat(num_batches)
 
     def _normalize(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
@@ -162,15 +162,15 @@ class BatchRenorm(BatchNorm):
         self.r_max = r_max
         self.d_max = d_max
 
-    def _affine(self, grouped: Tensor, workers: int) -> tuple[Tensor, Tensor]:
-        weight, bias = super()._affine(grouped, workers)
+    def _affine(self, grouped: Tensor, num_batches: int) -> tuple[Tensor, Tensor]:
+        weight, bias = super()._affine(grouped, num_batches)
         if not self.training or self.batch_only:
             return weight, bias
         with torch.no_grad():
             var, mean = torch.var_mean(grouped, (0, 2, 3), correction=0)
-            running_std = (self.running_var + self.eps).sqrt().repeat(workers)
+            running_std = (self.running_var + self.eps).sqrt().repeat(num_batches)
             r = ((var + self.eps).sqrt() / running_std).clamp(1 / self.r_max, self.r_max)
-            d = ((mean - self.running_mean.repeat(workers)) / running_std).clamp(-self.d_max, self.d_max)
+            d = ((mean - self.running_mean.repeat(num_batches)) / running_std).clamp(-self.d_max, self.d_max)
         return weight * r, weight * d + bias
 
     def extra_repr(self) -> str:
@@ -180,9 +180,9 @@ class BatchRenorm(BatchNorm):
 class EstimatedBatchNorm(BatchNorm):
     """Estimate-based Batch Normalization (arXiv:1903.10520v2): in training too, x is normalized by running estimates.
 
-    Each worker moves the estimates by its own normalization batch, mean' = mean + m * (batch mean - mean) and
+    Each normalization batch moves the estimates by itself, mean' = mean + m * (batch mean - mean) and
     var' = var + m * (batch mean of (x - mean)^2 - var), and normalizes with mean' and var', through which no gradient
-    flows; the average over the workers is kept. The authors tie m to the learning rate; here it is `momentum`.
+    flows; the average over them is kept. The authors tie m to the learning rate; here it is `momentum`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class EstimatedBatchNorm(BatchNorm):
 
     @torch.no_grad()
     def _estimate(self, split: Tensor) -> tuple[Tensor, Tensor]:
-        """The estimates (W, C) of each worker, whose average becomes the running one."""
+        """The estimates (W, C) of each normalization batch, whose average becomes the running one."""
         square = (split - self.running_mean[:, None, None]).square().mean((0, 3, 4))
         mean = torch.lerp(self.running_mean, split.mean((0, 3, 4)), self.momentum)
         var = torch.lerp(self.running_var, square, self.momentum)
@@ -239,7 +239,7 @@ class BatchGroupNorm(BatchNorm):
         y = super().forward(grouped).reshape(x.shape)
         return (y * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
-    def _affine(self, grouped: Tensor, workers: int) -> tuple[None, None]:
+    def _affine(self, grouped: Tensor, num_batches: int) -> tuple[None, None]:
         """None: gamma and beta belong to channels, not to groups."""
         return None, None
 

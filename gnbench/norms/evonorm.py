@@ -51,7 +51,7 @@ class EvoNormB0(NormBatches):
         return split / torch.maximum(self._batch_std(split), self.v[:, None, None] * split + image_std)
 
     def _batch_std(self, split: Tensor) -> Tensor:
-        """(W, C, 1, 1) of each worker in training, (C, 1, 1) in evaluation."""
+        """(W, C, 1, 1) of each normalization batch in training, (C, 1, 1) in evaluation."""
         var = self.running_var
         if self.training:
             var = split.var((0, 3, 4), correction=0)

@@ -23,8 +23,8 @@ class MovingAverageBatchNorm(NormBatches):
     max(renorm_steps, warmup_steps) steps r = 1, then r = clip(sqrt(s + eps) / sqrt(running s + eps), 1/5, 5), as in
     Batch Renorm.
 
-    A batch is split into normalization batches as in `BatchNorm`; a worker's average is over its own newest batch and
-    the M - 1 before it, of which the workers' average is kept.
+    A batch is split into normalization batches as in `BatchNorm`; the average of each is over itself and the M - 1
+    steps before it, of which the normalization batches' average is kept.
 
     Args:
         norm_batch_size: images that share statistics; None takes the whole batch, and M = 1.
@@ -110,7 +110,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _average(last: Tensor, newest: Tensor, step: Tensor, moving: Tensor) -> Tensor:
-    """Put the workers' newest (W, C) into the ring `last` (M, C), and average each with the ring's others if `moving`.
+    """Put the average of `newest` (W, C) into the ring `last` (M, C); each of it, averaged with the ring's others if `moving`.
 
     Nothing here waits for the device.
     """
