@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gnbench.datasets import Images
 from gnbench.datasets.split import split_indices
-from gnbench.errors import UserError
+from gnbench.errors import require
 
 PAD = 4  # pixels on each side before a random crop, arXiv:1512.03385
 CHUNK = 2048  # images augmented at once: many small batches share one call
@@ -69,8 +69,7 @@ def prepare(
     Raises:
         UserError: the sizes do not fit the training images, or `augment` is not known.
     """
-    if augment not in AUGMENTATIONS:
-        raise UserError(f"data.augment={augment} is not legal: it is one of {', '.join(AUGMENTATIONS)}")
+    require(augment in AUGMENTATIONS, "data.augment", augment, f"it is one of {', '.join(AUGMENTATIONS)}")
     train, val = split_indices(images, train_size, val_size, split_seed)
     pixels = images.train_images[train]
     mean, std = _pixel_statistics(pixels)

@@ -5,5 +5,18 @@ class UserError(Exception):
     """What was asked for cannot be done; the message names the key or file, its value, and what is legal."""
 
 
+def require(condition: bool, key: str, value: object, legal: str) -> None:
+    """Refuse the value of a key, unless `condition` holds.
+
+    Args:
+        legal: what the value is to be, a clause such as "it is 1 or more".
+
+    Raises:
+        UserError: the condition does not hold.
+    """
+    if not condition:
+        raise UserError(f"{key}={value} is not legal: {legal}")
+
+
 class SweepFailed(Exception):
     """Some runs of a sweep failed; the message lists them, each with its cause and its log."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from gnbench.configs import add_source, partial
 from gnbench.datasets import Images
 from gnbench.datasets.split import split_sizes
-from gnbench.errors import UserError
+from gnbench.errors import UserError, require
 from gnbench.recipe import Recipe
 from gnbench.record import FINISHED, RECORD, digest, load_record, run_name
 from gnbench.tuning import choose_base_lr
@@ -77,40 +77,16 @@ def plan_run(config: dict, default_threads: int) -> Run:
         "norm": add_source(config["norm"]),
         "num_threads": _num_threads(config["num_threads"], default_threads),
     }
-    if config["precision"] not in PRECISIONS:
-        raise UserError(f"precision={config['precision']} is not legal: it is one of {', '.join(PRECISIONS)}")
-    if config["engine"] not in ENGINES:
-        raise UserError(f"engine={config['engine']} is not legal: it is one of {', '.join(ENGINES)}")
-    if not config["results"].strip():
-        raise UserError("results is empty: it names the directory that runs go to")
-    for key, seed in (("seed", config["seed"]), ("data.split_seed", config["data"]["split_seed"])):
-        if not 0 <= seed < 2**63:
-            raise UserError(f"{key}={seed} is not legal: it is 0 or more, and below 2**63")
-    if config["checkpoint_s"] <= 0:
-        raise UserError(f"checkpoint_s={config['checkpoint_s']} is not legal: it is a number of seconds above 0")
+    _check_values(config)
     _settle_measure(config)
-    if config.get("diagnostics") is not None and config["diagnostics"] < LEAST_DIAGNOSED:
-        raise UserError(
-            f"diagnostics={config['diagnostics']} is not legal: it is a number of images of {LEAST_DIAGNOSED} or more, "
-            "or null"
-        )
-    for key in ("deterministic", "diagnostics"):
-        if not config.get(key):  # asks for nothing: records, and their cells, are those from before the key
-            config.pop(key, None)
+    _settle_diagnostics(config)
+    if not config.get("deterministic"):  # a run without the key and one with null are the same, and of one cell
+        config.pop("deterministic", None)
     if config["tuned_from"] is not None:
         config["base_lr"], config["tuning"] = choose_base_lr(config)
     _require_finite(config)
     recipe = make_recipe(config)
-    _check_norm_batch_size(config)
-    if "norm_batch_size" not in config["norm"]:  # no batch statistics: one run serves all that only they notice
-        config.update(norm_batch_size=None, frozen_epochs=0, precise_images=Recipe.precise_images)
-    elif config["norm"]["norm_batch_size"] is None:  # always the whole batch: one run serves every norm_batch_size
-        config["norm_batch_size"] = None
-    elif config["norm"]["norm_batch_size"] != config["norm_batch_size"]:
-        own = config["norm"]["norm_batch_size"]
-        raise UserError(
-            f"norm.norm_batch_size={own} is not legal: set norm_batch_size={own}, which the norm then takes"
-        )
+    _settle_norm_batch_size(config)
     images = unverified_images(json.dumps(config["data"]))
     num_train, _ = split_sizes(images, config["data"]["train_size"], config["data"]["val_size"])
     recipe.total_steps(num_train)  # there is at least one batch
@@ -148,17 +124,27 @@ def unverified_images(node_json: str) -> Images:
 def _num_threads(asked: int | str, default: int) -> int:
     if asked == "auto":
         return default
-    if not isinstance(asked, int) or asked < 1:
-        raise UserError(f"num_threads={asked} is not legal: it is auto, or a number of 1 or more")
+    legal = isinstance(asked, int) and asked >= 1
+    require(legal, "num_threads", asked, "it is auto, or a number of 1 or more")
     return asked
 
 
+def _check_values(config: dict) -> None:
+    for key, known in (("precision", PRECISIONS), ("engine", ENGINES)):
+        require(config[key] in known, key, config[key], f"it is one of {', '.join(known)}")
+    if not config["results"].strip():
+        raise UserError("results is empty: it names the directory that runs go to")
+    for key, seed in (("seed", config["seed"]), ("data.split_seed", config["data"]["split_seed"])):
+        require(0 <= seed < 2**63, key, seed, "it is 0 or more, and below 2**63")
+    checkpoint_s = config["checkpoint_s"]
+    require(checkpoint_s > 0, "checkpoint_s", checkpoint_s, "it is a number of seconds above 0")
+
+
 def _settle_measure(config: dict) -> None:
-    """Give a measurement of cost the values of its keys; a training has none, and so its record is as it ever was."""
+    """Give a measurement of cost the values of its keys; a training, and so its record, has none of them."""
     measure = config.pop("measure", None) or "error"
     given = {key: config.pop(key, None) for key in COST_KEYS}
-    if measure not in MEASURES:
-        raise UserError(f"measure={measure} is not legal: it is one of {', '.join(MEASURES)}")
+    require(measure in MEASURES, "measure", measure, f"it is one of {', '.join(MEASURES)}")
     if measure == "error":
         for key, value in given.items():
             if value is not None:
@@ -171,12 +157,19 @@ def _settle_measure(config: dict) -> None:
             raise UserError(f"{key}={config[key]} is not legal with measure=cost, which trains nothing")
     if config["engine"] != "auto":
         raise UserError(f"engine={config['engine']} is not legal with measure=cost: memory_format says how a step goes")
-    if config["memory_format"] not in MEMORY_FORMATS:
-        legal = ", ".join(MEMORY_FORMATS)
-        raise UserError(f"memory_format={config['memory_format']} is not legal: it is one of {legal}")
+    asked = config["memory_format"]
+    require(asked in MEMORY_FORMATS, "memory_format", asked, f"it is one of {', '.join(MEMORY_FORMATS)}")
     for key, least in (("cost_rounds", 1), ("cost_round_s", 0), ("cost_warm_up", 1)):
-        if config[key] < least:
-            raise UserError(f"{key}={config[key]} is not legal: it is {least} or more")
+        require(config[key] >= least, key, config[key], f"it is {least} or more")
+
+
+def _settle_diagnostics(config: dict) -> None:
+    """Check the number of images; a record without the key and one with null are the same run."""
+    num_images = config.get("diagnostics")
+    legal = f"it is a number of images of {LEAST_DIAGNOSED} or more, or null"
+    require(num_images is None or num_images >= LEAST_DIAGNOSED, "diagnostics", num_images, legal)
+    if num_images is None:
+        config.pop("diagnostics", None)
 
 
 def _require_finite(config: dict, prefix: str = "") -> None:
@@ -184,14 +177,20 @@ def _require_finite(config: dict, prefix: str = "") -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _require_finite(value, f"{prefix}{key}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{prefix}{key}={value} is not legal: it is a finite number")
+        elif isinstance(value, float):
+            require(math.isfinite(value), f"{prefix}{key}", value, "it is a finite number")
 
 
-def _check_norm_batch_size(config: dict) -> None:
+def _settle_norm_batch_size(config: dict) -> None:
+    """Check it, and give runs that differ by it alone one value where the norm does not notice."""
     size, batch_size = config["norm_batch_size"], config["batch_size"]
-    if size is None or size < 1 or batch_size % size:
-        divisors = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
-        raise UserError(
-            f"norm_batch_size={size} is not legal: it divides batch_size={batch_size}, so it is one of {divisors}"
-        )
+    divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    legal = f"it divides batch_size={batch_size}, so it is one of {', '.join(map(str, divisors))}"
+    require(size in divisors, "norm_batch_size", size, legal)
+    if "norm_batch_size" not in config["norm"]:  # no batch statistics: one run serves all that only they notice
+        config.update(norm_batch_size=None, frozen_epochs=0, precise_images=Recipe.precise_images)
+        return
+    own = config["norm"]["norm_batch_size"]
+    require(own in (None, size), "norm.norm_batch_size", own, f"set norm_batch_size={own}, which the norm then takes")
+    if own is None:  # always the whole batch: one run serves every norm_batch_size
+        config["norm_batch_size"] = None

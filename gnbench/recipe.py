@@ -1,9 +1,11 @@
 """What one training does: its hyperparameters, checked when they are set, and its learning rate at every step."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from gnbench.errors import UserError
+from gnbench.errors import require
 
 SCHEDULES = ("step", "cosine", "constant")
 
@@ -38,20 +40,22 @@ class Recipe:
     test_every: int = 1  # epochs between two tests; the last report_epochs are always tested
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "epochs", "base_batch_size", "precise_images", "report_epochs", "test_every"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("base_lr", "lr_decay"):
-            _require(0 < getattr(self, key) < math.inf, key, getattr(self, key), "a number above 0")
-        for key in ("max_steps", "clip_grad_norm"):
-            _require(getattr(self, key) is None or getattr(self, key) > 0, key, getattr(self, key), "above 0, or null")
-        for key in ("weight_decay", "warmup_epochs", "frozen_epochs"):
-            _require(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "0 or more")
-        for key in ("momentum", "label_smoothing"):
-            _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
-        _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
-        ordered = all(0 < a < 1 for a in self.milestones) and sorted(set(self.milestones)) == self.milestones
-        _require(ordered, "milestones", self.milestones, "rising fractions of the training between 0 and 1")
-        _require(self.momentum > 0 or not self.nesterov, "nesterov", self.nesterov, "false when momentum is 0")
+        counts = ("batch_size", "epochs", "base_batch_size", "precise_images", "report_epochs", "test_every")
+        self._check(counts, lambda value: value >= 1, "1 or more")
+        self._check(("base_lr", "lr_decay"), lambda value: 0 < value < math.inf, "a number above 0")
+        self._check(("max_steps", "clip_grad_norm"), lambda value: value is None or value > 0, "above 0, or null")
+        self._check(
+            ("weight_decay", "warmup_epochs", "frozen_epochs"), lambda value: 0 <= value < math.inf, "0 or more"
+        )
+        self._check(("momentum", "label_smoothing"), lambda value: 0 <= value < 1, "at least 0 and below 1")
+        self._check(("schedule",), lambda value: value in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._check(("milestones",), _are_rising, "rising fractions of the training between 0 and 1")
+        self._check(("nesterov",), lambda value: self.momentum > 0 or not value, "false when momentum is 0")
+
+    def _check(self, keys: Iterable[str], is_legal: Callable[[Any], bool], legal: str) -> None:
+        for key in keys:
+            value = getattr(self, key)
+            require(is_legal(value), key, value, f"{key} is {legal}")
 
     def steps_per_epoch(self, num_images: int) -> int:
         """Updates in one pass over `num_images` training images.
@@ -60,8 +64,8 @@ class Recipe:
             UserError: they do not fill one batch and the last smaller batch is dropped.
         """
         steps = num_images // self.batch_size if self.drop_last else math.ceil(num_images / self.batch_size)
-        legal = f"at most the {num_images} training images, or drop_last=false"
-        _require(steps > 0, "batch_size", self.batch_size, legal)
+        legal = f"batch_size is at most the {num_images} training images, or drop_last=false"
+        require(steps > 0, "batch_size", self.batch_size, legal)
         return steps
 
     def total_steps(self, num_images: int) -> int:
@@ -101,6 +105,5 @@ class Recipe:
         return 1.0
 
 
-def _require(condition: bool, key: str, value: object, legal: str) -> None:
-    if not condition:
-        raise UserError(f"{key}={value} is not legal: {key} is {legal}")
+def _are_rising(milestones: list[float]) -> bool:
+    return all(0 < each < 1 for each in milestones) and sorted(set(milestones)) == milestones

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from gnbench.errors import UserError
+from gnbench.errors import require
 from gnbench.models import NormFactory, norm_and_activation
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # configuration D
@@ -45,6 +45,6 @@ def vgg16(norm: NormFactory, num_classes: int, width: float | None = None) -> nn
         UserError: `width` leaves a convolution without channels.
     """
     width = 1.0 if width is None else width
-    if round(width * STAGES[0][0]) < 1:
-        raise UserError(f"model.width={width} is not legal: it leaves the first convolution without channels")
+    has_channels = round(width * STAGES[0][0]) >= 1
+    require(has_channels, "model.width", width, "it leaves the first convolution without channels")
     return VGG(norm, num_classes, width)

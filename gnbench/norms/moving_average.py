@@ -110,7 +110,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _average(last: Tensor, newest: Tensor, step: Tensor, moving: Tensor) -> Tensor:
-    """Put the average of `newest` (W, C) into the ring `last` (M, C); each of it, averaged with the ring's others if `moving`.
+    """Put `newest` (W, C), averaged, into the ring `last` (M, C), and average each with the ring's others if `moving`.
 
     Nothing here waits for the device.
     """

@@ -25,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from gnbench.errors import UserError
+from gnbench.errors import UserError, require
 from gnbench.machine import num_cores
 from gnbench.record import RECORD, load_record
 from gnbench.sweep_table import REDRAW_S, SweepTable, print_into
@@ -128,8 +128,7 @@ class Cores(Launcher):
     def _check(self) -> None:
         for key in ("num_processes", "seeds_per_process"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"hydra.launcher.{key}={value} is not legal: it is 1 or more, or null")
+            require(value is None or value >= 1, f"hydra.launcher.{key}", value, "it is 1 or more, or null")
         if len({run.measures_cost for run in self.runs or ()}) > 1:
             raise UserError(
                 "measure=error,cost is not legal in one sweep: trainings go side by side and measurements alone"
@@ -144,8 +143,8 @@ class Cores(Launcher):
         if self.runs is None:
             raise UserError("hydra.launcher.stall_s needs to know where runs write: use it with hydra/sweeper=grid")
         least = max(run.config["checkpoint_s"] for run in self.runs)
-        if self.stall_s <= least:
-            raise UserError(f"hydra.launcher.stall_s={self.stall_s:g} is not legal: it is above checkpoint_s={least:g}")
+        legal = f"it is above checkpoint_s={least:g}"
+        require(self.stall_s > least, "hydra.launcher.stall_s", f"{self.stall_s:g}", legal)
 
     def _group(self, runs: list[Any]) -> list[list[int]]:
         """The places of the runs of each process: the seeds of a cell together, where that is worth it."""

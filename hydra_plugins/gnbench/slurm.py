@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from gnbench.errors import UserError
+from gnbench.errors import UserError, require
 from gnbench.words import number_of
 from hydra_plugins.gnbench.cores import MOST_ON_A_GPU, STOP_S, Cores, describe_end, end_of, find_varied, side_by_side
 
@@ -124,20 +124,20 @@ class Slurm(Cores):
             )
         super()._check()
         options = self.options
-        if options["cluster"] not in CLUSTERS:
-            _refuse("cluster", options["cluster"], f"it is one of {', '.join(CLUSTERS)}")
-        if options["gpus_per_node"] not in (None, 0, 1):
-            _refuse("gpus_per_node", options["gpus_per_node"], "it is 0 or 1, which all runs of a task share, or null")
-        if options["max_num_timeout"] < 0:
-            _refuse("max_num_timeout", options["max_num_timeout"], "it is 0 or more")
+
+        def check(key: str, is_legal: bool, legal: str) -> None:
+            require(is_legal, f"hydra.launcher.{key}", options[key], legal)
+
+        check("cluster", options["cluster"] in CLUSTERS, f"it is one of {', '.join(CLUSTERS)}")
+        shared = options["gpus_per_node"] in (None, 0, 1)
+        check("gpus_per_node", shared, "it is 0 or 1, which all runs of a task share, or null")
+        check("max_num_timeout", options["max_num_timeout"] >= 0, "it is 0 or more")
         for key in ("cpus_per_task", "mem_gb", "array_parallelism", "runs_per_task"):
-            if options[key] is not None and options[key] < 1:
-                _refuse(key, options[key], "it is 1 or more")
-        if options["signal_delay_s"] <= STOP_S:
-            _refuse("signal_delay_s", options["signal_delay_s"], f"it is above {STOP_S:g}, which checkpoints may take")
-        if options["timeout_min"] * 60 <= options["signal_delay_s"]:
-            delay = f"the signal_delay_s={options['signal_delay_s']} seconds in which it stops"
-            _refuse("timeout_min", options["timeout_min"], f"it is more minutes than {delay}")
+            check(key, options[key] is None or options[key] >= 1, "it is 1 or more")
+        delay_s = options["signal_delay_s"]
+        check("signal_delay_s", delay_s > STOP_S, f"it is above {STOP_S:g}, which checkpoints may take")
+        legal = f"it is more minutes than the signal_delay_s={delay_s} seconds in which it stops"
+        check("timeout_min", options["timeout_min"] * 60 > delay_s, legal)
 
     def _on_gpu(self) -> bool:
         on_cpu = all(run.config["device"] == "cpu" for run in self.runs)
@@ -313,10 +313,6 @@ def _import_submitit() -> Any:
     except ImportError as error:
         raise UserError("hydra/launcher=slurm needs submitit: pip install 'gnbench[slurm]'") from error
     return submitit
-
-
-def _refuse(key: str, value: Any, legal: str) -> None:
-    raise UserError(f"hydra.launcher.{key}={value} is not legal: {legal}")
 
 
 def _array(jobs: list[Any]) -> str:
