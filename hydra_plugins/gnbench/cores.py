@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from gnbench.errors import UserError, require
 from gnbench.machine import num_cores
+from gnbench.plan import Run
 from gnbench.record import RECORD, load_record
 from gnbench.sweep_table import REDRAW_S, SweepTable, print_into
 from gnbench.watch import is_terminal
@@ -35,6 +36,7 @@ from gnbench.words import describe, duration, name_varied
 TRIES = 2  # of a run whose process dies without a word
 MOST_ON_A_GPU = 8  # processes; each holds a context of some 500 MB
 STOP_S = 60.0  # for the step and the checkpoint of a process that is told to stop; then it is killed
+End = tuple[JobStatus, Any]  # of a run: its record, or the error by which it failed
 LOOKS = 10  # at a run's directory in the time that it may stand still
 
 
@@ -67,7 +69,7 @@ class Job:
 
     indices: list[int]
     overrides: list[list[str]]
-    runs: list[Any] | None
+    runs: list[Run] | None
     alone: bool = False  # not as part of the network that failed
     tries: int = 0
     stalled: bool = False
@@ -97,14 +99,16 @@ class Cores(Launcher):
     A sweeper sets `runs`, the planned runs of the jobs, and `sweep`, all of its grid, those that are finished too.
     """
 
+    here = True  # whether it trains on this machine, and so on its devices
+
     def __init__(
         self, num_processes: int | None, seeds_per_process: int | None = None, stall_s: float | None = None
     ) -> None:
         self.num_processes = num_processes
         self.seeds_per_process = seeds_per_process
         self.stall_s = stall_s
-        self.runs: list[Any] | None = None
-        self.sweep: list[Any] | None = None
+        self.runs: list[Run] | None = None
+        self.sweep: list[Run] | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
@@ -146,7 +150,7 @@ class Cores(Launcher):
         legal = f"it is above checkpoint_s={least:g}"
         require(self.stall_s > least, "hydra.launcher.stall_s", f"{self.stall_s:g}", legal)
 
-    def _group(self, runs: list[Any]) -> list[list[int]]:
+    def _group(self, runs: list[Run]) -> list[list[int]]:
         """The places of the runs of each process: the seeds of a cell together, where that is worth it."""
         import numpy as np
 
@@ -206,7 +210,7 @@ class _Pool:
         stall_s: float | None,
         first_index: int,
         payload: tuple,
-        sweep: list[Any],
+        sweep: list[Run],
     ) -> None:
         self.context, self.num_processes, self.stall_s = context, num_processes, stall_s
         self.first_index, self.payload = first_index, payload
@@ -287,13 +291,7 @@ class _Pool:
         if isinstance(said, str):
             said = [end_of(run, said) for run in job.runs or [None]]
         self.effort_left -= job.effort
-        returns = [
-            JobReturn(overrides=overrides, status=status)
-            for overrides, (status, _) in zip(job.overrides, said, strict=True)
-        ]
-        for returned, (_, value) in zip(returns, said, strict=True):
-            returned.return_value = value
-        return [], list(zip(job.indices, returns, strict=True))
+        return [], list(zip(job.indices, make_returns(job.overrides, said), strict=True))
 
     def _kill_stalled(self) -> None:
         """End the processes whose runs have written nothing for `stall_s`."""
@@ -333,7 +331,7 @@ class _Pool:
             child.process.kill()
 
 
-def _train_planned(connection: Connection, runs: list[Any], alone: bool) -> None:
+def _train_planned(connection: Connection, runs: list[Run], alone: bool) -> None:
     """In a process of their own: train runs that the sweeper has planned, and say how each went.
 
     Where several fail by one error, that error alone is said: they are to be tried one by one.
@@ -355,13 +353,21 @@ def _train_planned(connection: Connection, runs: list[Any], alone: bool) -> None
     _send(connection, said)
 
 
-def end_of(run: Any, cause: str) -> tuple[JobStatus, Any]:
+def end_of(run: Run | None, cause: str) -> End:
     """How a run ended whose process failed by `cause`: it may have finished before."""
     finished = run is not None and run.is_finished()
     return _end(finished, load_record(run.directory / RECORD) if finished else None, cause)
 
 
-def _end(completed: bool, record: dict | None, cause: str | None) -> tuple[JobStatus, Any]:
+def make_returns(overrides: list[list[str]], ends: list[End]) -> list[JobReturn]:
+    """What Hydra is told of runs that have ended."""
+    return [
+        JobReturn(overrides=words, status=status, _return_value=value)
+        for words, (status, value) in zip(overrides, ends, strict=True)
+    ]
+
+
+def _end(completed: bool, record: dict | None, cause: str | None) -> End:
     if completed:
         return JobStatus.COMPLETED, record
     return JobStatus.FAILED, RuntimeError(cause)  # plain, so that it can be sent
@@ -394,7 +400,7 @@ def _compose_and_train(
     _send(connection, [(returned.status, value)])
 
 
-def _send(connection: Connection, ends: list[tuple[JobStatus, Any]]) -> None:
+def _send(connection: Connection, ends: list[End]) -> None:
     with contextlib.suppress(BrokenPipeError):  # nobody listens to a process whose launcher is gone
         connection.send(ends)
 
@@ -417,7 +423,7 @@ def _trace(job: Job) -> list:
     return trace
 
 
-def find_varied(sweep: list[Any]) -> dict[str, str]:
+def find_varied(sweep: list[Run]) -> dict[str, str]:
     """What else than norm, batch_size and seed tells each run of a sweep from the others of its norm, by its digest."""
     varied = name_varied([run.config for run in sweep])
     return {run.digest: words for run, words in zip(sweep, varied, strict=True)}

@@ -1,7 +1,6 @@
 """Hydra's sweeper for grids: the whole grid is checked before its first run, and only what is left is launched."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -13,6 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from gnbench.errors import SweepFailed, UserError
+from gnbench.plan import Run
 from gnbench.record import LOG, RECORD, load_record
 from gnbench.schema import plan
 from gnbench.words import describe, number_of
@@ -32,7 +32,11 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridConf, 
 
 
 class Grid(Sweeper):
-    """Every combination of the values of its axes, each run once: finished runs and equal runs are left out."""
+    """Every combination of the values of its axes, each run once: finished runs and equal runs are left out.
+
+    A launcher of gnbench is known by its attributes `runs`, `tell` and `here`, not by its class: where Hydra's search
+    for plugins sees this package, it executes the modules again, and there are two classes of each name.
+    """
 
     def __init__(self, params: dict[str, str] | None) -> None:
         self.params = params or {}
@@ -72,7 +76,7 @@ class Grid(Sweeper):
         _raise_failures([run for run, _ in left], returns)
         return returns
 
-    def _check(self, left: list[tuple[Any, list[str]]]) -> None:
+    def _check(self, left: list[tuple[Run, list[str]]]) -> None:
         if left:
             from gnbench.run import check_runs  # imports torch: not for a sweep that is done
 
@@ -84,7 +88,7 @@ class Grid(Sweeper):
         return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
-def _train_together(runs: list[Any]) -> list[JobReturn]:
+def _train_together(runs: list[Run]) -> list[JobReturn]:
     """Train the one run of a grid in this process, which torchrun started beside others."""
     from gnbench.torchrun import train_run
 
@@ -101,7 +105,7 @@ def _count(num_cells: int, num_runs: int, num_left: int) -> str:
     return f"{number_of(num_runs, 'run')}{equal}: {num_runs - num_left} finished, {num_left} to do"
 
 
-def _raise_failures(runs: list[Any], returns: list[JobReturn]) -> None:
+def _raise_failures(runs: list[Run], returns: list[JobReturn]) -> None:
     failed = [
         f"  {run.name}: {_settle(run, returned)}"
         + (f"\n    log: {run.directory / LOG}" if (run.directory / LOG).is_file() else "")
@@ -114,7 +118,7 @@ def _raise_failures(runs: list[Any], returns: list[JobReturn]) -> None:
         )
 
 
-def _settle(run: Any, returned: JobReturn) -> str:
+def _settle(run: Run, returned: JobReturn) -> str:
     """Why a run failed: as its record says, or else as its launcher saw it end, which the record then says too."""
     from gnbench.run import record_death
 

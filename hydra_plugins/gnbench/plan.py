@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 
+from gnbench.datasets.split import split_sizes
 from gnbench.errors import UserError
+from gnbench.plan import Run, make_recipe, unverified_images
 from gnbench.words import duration, number_of
 from hydra_plugins.gnbench.cores import Cores, exit_word, side_by_side
 
@@ -93,7 +95,7 @@ class Plan(Cores):
     def launch(self, job_overrides: Any, initial_job_idx: int) -> list[JobReturn]:
         raise UserError("hydra/launcher=plan needs to know the runs of a sweep: use it with hydra/sweeper=grid")
 
-    def tell(self, count: str, runs: list[Any], left: list[Any]) -> None:
+    def tell(self, count: str, runs: list[Run], left: list[Run]) -> None:
         """Print the plan.
 
         Args:
@@ -117,7 +119,7 @@ class Plan(Cores):
         print(tabulate(runs, groups, calibrations).to_string(index=False))
         print("\n".join(self._sum_up(left, groups, calibrations)), flush=True)
 
-    def _calibrate(self, groups: list[list[Any]]) -> dict[str, Calibration | str]:
+    def _calibrate(self, groups: list[list[Run]]) -> dict[str, Calibration | str]:
         """What each kind of group takes, or why that could not be measured."""
         kinds = {_kind(group): group for group in groups}
         if not kinds:
@@ -136,7 +138,7 @@ class Plan(Cores):
             return dict(zip(kinds, measured, strict=True))
 
     def _sum_up(
-        self, left: list[Any], groups: list[list[Any]], calibrations: dict[str, Calibration | str]
+        self, left: list[Run], groups: list[list[Run]], calibrations: dict[str, Calibration | str]
     ) -> list[str]:
         """The totals and what to think of them, a line each."""
         if not left:
@@ -165,7 +167,7 @@ class Plan(Cores):
         return lines
 
 
-def find_commands(runs: Iterable[Any]) -> list[str]:
+def find_commands(runs: Iterable[Run]) -> list[str]:
     """The command line that trains each run, from the directory in which this one stands.
 
     Raises:
@@ -183,12 +185,12 @@ def find_commands(runs: Iterable[Any]) -> list[str]:
     return lines
 
 
-def tabulate(runs: list[Any], groups: list[list[Any]], calibrations: dict[str, Calibration | str]) -> "pd.DataFrame":
+def tabulate(runs: list[Run], groups: list[list[Run]], calibrations: dict[str, Calibration | str]) -> "pd.DataFrame":
     """A row a cell: what it is, its seeds left, the steps and images of each of its runs, how and how long."""
     import pandas as pd
 
-    cells: dict[str, list[Any]] = {}
-    groups_of: dict[str, list[list[Any]]] = {}
+    cells: dict[str, list[Run]] = {}
+    groups_of: dict[str, list[list[Run]]] = {}
     for run in runs:
         cells.setdefault(run.cell, []).append(run)
     for group in groups:
@@ -225,10 +227,8 @@ def find_names(configs: list[dict]) -> "pd.DataFrame":
     return frame[names].rename(columns=lambda key: key.removesuffix(".name").removeprefix("norm."))
 
 
-def count_work(run: Any) -> Work:
+def count_work(run: Run) -> Work:
     """What a run does from its start to its end."""
-    from gnbench.plan import make_recipe
-
     recipe, num_train = make_recipe(run.config), _num_train(json.dumps(run.config["data"]))
     epochs = recipe.num_epochs(num_train)
     tests = sum(recipe.is_tested(epoch, num_train) for epoch in range(1, epochs + 1))
@@ -243,7 +243,7 @@ def count_images(recipe: "Recipe", num_train: int) -> int:
     return epochs * images_per_epoch + steps * size
 
 
-def estimate_time(group: list[Any], calibration: Calibration | str) -> float | None:
+def estimate_time(group: list[Run], calibration: Calibration | str) -> float | None:
     """Seconds that a process takes for the runs of a group, which differ in their seeds; None where that is not known.
 
     time = setup + steps * step + seeds * (tests * test + epochs * val + end)
@@ -254,7 +254,7 @@ def estimate_time(group: list[Any], calibration: Calibration | str) -> float | N
     return c.setup_s + work.steps * c.step_s + len(group) * (work.tests * c.test_s + work.epochs * c.val_s + c.end_s)
 
 
-def estimate_measurement(run: Any) -> float:
+def estimate_measurement(run: Run) -> float:
     """Seconds that a measurement of cost takes, where a step is short: BN and the norm, in training and inference."""
     return SETUP_S + 4 * run.config["cost_rounds"] * run.config["cost_round_s"]
 
@@ -267,7 +267,7 @@ def schedule(times: Iterable[float], num_processes: int) -> float:
     return max(free)
 
 
-def calibrate(runs: list[Any], started_s: float) -> Calibration:
+def calibrate(runs: list[Run], started_s: float) -> Calibration:
     """Train and test the runs of a group for a short time, in this process, and throw the result away.
 
     Args:
@@ -399,7 +399,7 @@ def _time(action: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _calibrate_aside(context: Any, runs: list[Any]) -> Calibration | str:
+def _calibrate_aside(context: Any, runs: list[Run]) -> Calibration | str:
     """The calibration of a group in a process of its own, or why there is none."""
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send_calibration, args=(theirs, runs, time.time()), daemon=True)
@@ -420,28 +420,25 @@ def _calibrate_aside(context: Any, runs: list[Any]) -> Calibration | str:
         ours.close()
 
 
-def _send_calibration(connection: Connection, runs: list[Any], started_s: float) -> None:
+def _send_calibration(connection: Connection, runs: list[Run], started_s: float) -> None:
     try:
         connection.send(calibrate(runs, started_s))
     except Exception as error:  # a stranger's norm may raise anything
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _kind(group: list[Any]) -> str:
+def _kind(group: list[Run]) -> str:
     """Groups of one kind take equally long a step, and a test."""
     config = group[0].config
     return repr((len(group), [config.get(key) for key in SPEED_KEYS]))
 
 
 def _num_train(data_json: str) -> int:
-    from gnbench.datasets.split import split_sizes
-    from gnbench.plan import unverified_images
-
     data = json.loads(data_json)
     return split_sizes(unverified_images(data_json), data["train_size"], data["val_size"])[0]
 
 
-def _describe(groups: list[list[Any]]) -> str:
+def _describe(groups: list[list[Run]]) -> str:
     """How the runs of a cell that are left would be executed."""
     sizes = [len(group) for group in groups]
     if not sizes:

@@ -18,8 +18,18 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from gnbench.errors import UserError, require
+from gnbench.plan import Run
 from gnbench.words import number_of
-from hydra_plugins.gnbench.cores import MOST_ON_A_GPU, STOP_S, Cores, describe_end, end_of, find_varied, side_by_side
+from hydra_plugins.gnbench.cores import (
+    MOST_ON_A_GPU,
+    STOP_S,
+    Cores,
+    describe_end,
+    end_of,
+    find_varied,
+    make_returns,
+    side_by_side,
+)
 
 FOLDER = ".submitit"  # in the results: scripts, logs, and pickles of what is to be done and of how it went
 POLL_S = 2.0  # between two looks for tasks that have ended
@@ -96,7 +106,6 @@ class Slurm(Cores):
 
     @property
     def here(self) -> bool:
-        """Whether it trains on this machine, and so on its devices."""
         return self.options["cluster"] == "local"
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -227,7 +236,7 @@ class Slurm(Cores):
 class Task:
     """What one task of the array does. submitit sends it to its node, and again whenever it is queued again."""
 
-    runs: list[Any]
+    runs: list[Run]
     overrides: list[list[str]]
     settings: tuple[int, int | None, float | None]  # of Cores
 
@@ -265,11 +274,7 @@ class Task:
 
     def end(self, cause: str) -> list[JobReturn]:
         """How each run ended if the task did by `cause`: some had finished before."""
-        ends = [end_of(run, cause) for run in self.runs]
-        return [
-            JobReturn(overrides=overrides, status=status, _return_value=value)
-            for overrides, (status, value) in zip(self.overrides, ends, strict=True)
-        ]
+        return make_returns(self.overrides, [end_of(run, cause) for run in self.runs])
 
     def checkpoint(self) -> Any:
         """What submitit queues: the same again. The runs have their own checkpoints."""
