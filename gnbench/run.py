@@ -483,13 +483,13 @@ class _Pause:
 
     def _show(self, training: Training) -> None:
         row = training.progress.history[-1]
-        test_error = "" if row["test_error"] is None else f", test error {row['test_error']:.2f} %"
+        tested = "" if row["test_error"] is None else f"{row['test_error']:.2f} %"
         log.info(
             "epoch %d: training loss %.4f, training error %.2f %%%s, %.1f s",
-            row["epoch"], row["train_loss"], row["train_error"], test_error, row["time_s"],
+            row["epoch"], row["train_loss"], row["train_error"], tested and f", test error {tested}", row["time_s"],
             extra={"run": self.members[training].run.name},
         )  # fmt: skip
-        self.bar.set_postfix_str(f"train {row['train_error']:.1f} %{test_error.replace(', test error', ', test')}")
+        self.bar.set_postfix_str(f"train {row['train_error']:.1f} %" + (tested and f", test {tested}"))
 
 
 @functools.lru_cache(maxsize=1)  # the runs of one process mostly share their images

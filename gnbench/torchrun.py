@@ -72,9 +72,8 @@ def check_workers(run: Run) -> None:
     for size in _batch_sizes(config):
         if size < count:
             raise UserError(
-                f"drop_last=false is not legal for {count} workers here: an epoch's last batch has "
-                f"{number_of(size, 'image')}, and "
-                "each worker needs one"
+                f"drop_last=false is not legal for {count} workers here: "
+                f"an epoch's last batch has {number_of(size, 'image')}, and each worker needs one"
             )
         if "norm_batch_size" in config["norm"]:
             layer, _ = norm_and_activation(partial(config["norm"]), channel_counts(config["model"])[0])

@@ -26,6 +26,16 @@ from gnbench.train import MOMENTUM, Training, lay_out_momenta, make_optimizer
 Lanes = Sequence[nn.Module | None]  # one module a lane, of the same kind; None where a lane is empty
 Links = list[tuple[nn.Parameter, list[nn.Parameter | None]]]  # a fused parameter and the lanes' parts of it
 
+# Modules that treat every channel, or every group of channels, by itself, so that concatenated parameters are all it
+# takes; and those of their attributes that count channels or groups.
+COUNTS: dict[type, tuple[str, ...]] = {
+    nn.Conv2d: ("in_channels", "out_channels", "groups"),
+    GroupNorm: ("num_channels", "num_groups"),
+    BatchNorm: (),
+    BatchRenorm: (),
+}
+STATELESS = (nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
 
 class Fused(StepEngine):
     """Trainings that differ by their seeds alone, at the same step, moved forward as one network.
@@ -112,17 +122,6 @@ def _fuse(lanes: Lanes, links: Links, memory_format: torch.memory_format) -> nn.
             setattr(network, name, _fuse([module and getattr(module, name) for module in lanes], links, memory_format))
         return network
     return _PerLane(lanes)
-
-
-# Modules that treat every channel, or every group of channels, by itself, so that concatenated parameters are all it
-# takes; and those of their attributes that count channels or groups.
-COUNTS: dict[type, tuple[str, ...]] = {
-    nn.Conv2d: ("in_channels", "out_channels", "groups"),
-    GroupNorm: ("num_channels", "num_groups"),
-    BatchNorm: (),
-    BatchRenorm: (),
-}
-STATELESS = (nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def _concatenate(
