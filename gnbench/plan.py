@@ -72,18 +72,12 @@ def plan_run(config: dict, default_threads: int) -> Run:
     Raises:
         UserError: a value is not legal; the sentence names the key, the value and what is legal.
     """
-    config = {
-        **config,
-        "norm": add_source(config["norm"]),
-        "num_threads": _num_threads(config["num_threads"], default_threads),
-    }
+    config = {**work_out(config), "num_threads": _num_threads(config["num_threads"], default_threads)}
     _check_values(config)
     _settle_measure(config)
     _settle_diagnostics(config)
     if not config.get("deterministic"):  # a run without the key and one with null are the same, and of one cell
         config.pop("deterministic", None)
-    if config["tuned_from"] is not None:
-        config["base_lr"], config["tuning"] = choose_base_lr(config)
     _require_finite(config)
     recipe = make_recipe(config)
     _settle_norm_batch_size(config)
@@ -92,6 +86,18 @@ def plan_run(config: dict, default_threads: int) -> Run:
     recipe.total_steps(num_train)  # there is at least one batch
     identity = digest(config, images.fingerprint)
     return Run(config, identity, images.fingerprint, Path(config["results"]) / run_name(config, identity))
+
+
+def work_out(config: dict) -> dict:
+    """A resolved config with what no user types: the hash of a stranger's norm, and the base_lr that was tuned.
+
+    Raises:
+        UserError: the norm has a key `source`, or `tuned_from` has no base_lr for its cell.
+    """
+    config = {**config, "norm": add_source(config["norm"])}
+    if config["tuned_from"] is not None:
+        config["base_lr"], config["tuning"] = choose_base_lr(config)
+    return config
 
 
 def make_recipe(config: dict) -> Recipe:

@@ -130,7 +130,7 @@ def test_no_link_is_followed_out_of_the_directory(path, tmp_path):
 
 
 def test_a_report_escapes_html_in_every_field_and_writes_only_where_it_is_told(tmp_path):
-    from gnbench.analysis.report import write_report
+    from gnbench.analysis.page import write_report
 
     def infect(value: object) -> object:
         if isinstance(value, dict):

@@ -20,7 +20,7 @@ from torch import nn
 
 from gnbench import cost as costing
 from gnbench import timing
-from gnbench.analysis import check, report, runs, table
+from gnbench.analysis import check, page, report, runs, table
 from gnbench.analysis import cost as analysis
 from gnbench.analysis.statistics import summarize
 from gnbench.configs import CONFIGS, choices
@@ -587,6 +587,6 @@ def test_a_check_compares_a_cost_with_its_rounds(both):
 
 def test_costs_beside_trainings_of_which_none_has_finished_are_drawn_alone(both, tmp_path):
     write_run(tmp_path / "begun", "gn", 32, 0, status="running")
-    report.write_report([tmp_path / "begun", both[1]], tmp_path / "out")
+    page.write_report([tmp_path / "begun", both[1]], tmp_path / "out")
     assert (tmp_path / "out/cost_vs_bn.png").exists()
     assert not (tmp_path / "out/error_vs_cost.png").exists()

@@ -7,7 +7,7 @@ from matplotlib.markers import CARETDOWN
 from synthetic import write_run
 
 from gnbench.analysis import diagnosis, figures, table
-from gnbench.analysis.report import write_report
+from gnbench.analysis.page import write_report
 
 ERRORS = {  # NBS: (training error, mini-batch, population, running averages), percent
     32: (10.0, 24.0, 23.0, 23.5),

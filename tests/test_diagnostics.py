@@ -17,7 +17,7 @@ from torch import nn
 import gnbench
 from gnbench import diagnostics
 from gnbench.analysis import layers, table
-from gnbench.analysis.report import write_report
+from gnbench.analysis.page import write_report
 from gnbench.configs import choices
 from gnbench.diagnostics import diagnose, is_due, measure_noise
 from gnbench.engine import Eager, Fused

@@ -86,7 +86,7 @@ def test_every_field_of_a_record_is_told_and_every_field_told_is_there(records):
 @pytest.fixture(scope="module")
 def tables(records, tmp_path_factory):
     """{file: its columns} of a report on those runs, and on made-up ones of GN with two groupings."""
-    from gnbench.analysis import cost, report, table
+    from gnbench.analysis import cost, page, table
 
     directory = tmp_path_factory.mktemp("columns")
     for record in records:
@@ -94,7 +94,7 @@ def tables(records, tmp_path_factory):
     for num_groups in (2, 4):
         write_run(directory, "gn", 8, norm_keys={"num_groups": num_groups}, test_error=20)
     frames = table.load(directory), cost.load(directory), table.curves(directory)
-    found = {name: content for name, content in report.make_tables(*frames).items() if len(content)}
+    found = {name: content for name, content in page.make_tables(*frames).items() if len(content)}
     assert set(found) == {"runs", "summary", "groups", "claims", "cost", "diagnostics"}
     return found
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import write_run, write_sweep
 
-from gnbench.analysis import report, statistics, table
+from gnbench.analysis import page, report, statistics, table
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_it_writes_into_the_directory_itself_and_says_what(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert set(lines[:-1]) == {str(path) for path in tmp_path.iterdir() if path.is_file()}
     assert str(tmp_path / "report.html") in lines
-    assert lines[-1] == report.headline(table.load(tmp_path))
+    assert lines[-1] == page.headline(table.load(tmp_path))
     assert report.main([str(tmp_path)]) == 0  # its own files do not disturb it
 
 
@@ -198,13 +198,13 @@ def test_one_run_of_one_epoch_is_told_in_the_singular(tmp_path):
 @pytest.mark.parametrize(("num_epochs", "words"), [(1, "of the last epoch"), (6, "over its last 5 epochs")])
 def test_the_median_is_over_the_epochs_that_there_are(tmp_path, num_epochs, words):
     write_run(tmp_path, "gn", num_epochs=num_epochs)
-    assert words in dict(report.list_facts(table.load(tmp_path)))["Test error"]
+    assert words in dict(page.list_facts(table.load(tmp_path)))["Test error"]
 
 
 def test_whole_parameters_of_a_norm_are_whole_beside_norms_without_them(tmp_path):
     write_run(tmp_path, "mine", test_error=20, norm_keys={"blocks": 4, "alpha": 0.25})
     write_run(tmp_path, "bn")
-    assert "mine: alpha = 0.25, blocks = 4;" in dict(report.list_facts(table.load(tmp_path)))["Norms"] + ";"
+    assert "mine: alpha = 0.25, blocks = 4;" in dict(page.list_facts(table.load(tmp_path)))["Norms"] + ";"
 
 
 def test_the_page_says_whose_time_it_is_where_seeds_share_a_network(tmp_path):
@@ -216,14 +216,14 @@ def test_the_page_says_whose_time_it_is_where_seeds_share_a_network(tmp_path):
         report.main([str(tmp_path / place)])
         text = read_page(tmp_path / place).text()
         assert engine in text
-        assert (report.TIME_NOTE in text) == (place == "together")
+        assert (page.TIME_NOTE in text) == (place == "together")
         assert set(pd.read_csv(tmp_path / place / "runs.csv")["engine_used"]) == {engine}
 
 
 def test_configurations_are_counted_with_the_unmarked_one(tmp_path):
     write_run(tmp_path, "bn", 32)
     write_run(tmp_path, "bn", 32, frozen_epochs=3)
-    fact = dict(report.list_facts(table.load(tmp_path)))["Configuration besides norm, batch size and seed"]
+    fact = dict(page.list_facts(table.load(tmp_path)))["Configuration besides norm, batch size and seed"]
     assert fact == "2 configurations, drawn apart: unmarked; frozen_epochs=3"
 
 
@@ -282,7 +282,7 @@ def write_cells(directory, norm, errors, **options):
 def test_headline_of_a_rise_and_a_fall(tmp_path):
     write_cells(tmp_path, "bn", {32: (57.1, 57.2, 57.3), 8: (60.0,) * 3, 2: (71.3, 71.4, 71.5)})
     write_cells(tmp_path, "gn", {32: (58.3, 58.4, 58.5), 8: (58.0,) * 3, 2: (57.4, 57.5, 57.6)})
-    assert report.headline(table.load(tmp_path)) == (
+    assert page.headline(table.load(tmp_path)) == (
         "From batch size 32 to 2, BN's test error rises by 14.2 points [14.0, 14.4] (57.2 to 71.4 %); "
         "GN's falls by 0.9 points [0.7, 1.1] (58.4 to 57.5 %); n = 3 seeds a cell, 95 % intervals in brackets."
     )
@@ -293,7 +293,7 @@ def test_headline_gives_the_interval_of_the_change_in_its_direction(tmp_path):
     write_cells(tmp_path, "gn", {32: (24.0, 24.4), 2: (24.1, 24.5)})
     write_cells(tmp_path, "ln", {32: (24.1, 24.5), 2: (24.0, 24.4)})
     write_cells(tmp_path, "in", {32: (24.0, 24.4), 2: (24.0, 24.4)})
-    assert report.headline(table.load(tmp_path)) == (
+    assert page.headline(table.load(tmp_path)) == (
         "From batch size 32 to 2, GN's test error rises by 0.1 points [-1.1, 1.3] (24.2 to 24.3 %); "
         "LN's falls by 0.1 points [-1.1, 1.3] (24.3 to 24.2 %); "
         "IN's changes by less than 0.1 points [-1.2, 1.2] (24.2 to 24.2 %); "
@@ -304,7 +304,7 @@ def test_headline_gives_the_interval_of_the_change_in_its_direction(tmp_path):
 def test_headline_of_one_seed(tmp_path):
     write_cells(tmp_path, "bn", {32: (23.6,), 2: (34.7,)})
     write_cells(tmp_path, "gn", {32: (24.1,), 2: (24.12,)})
-    assert report.headline(table.load(tmp_path)) == (
+    assert page.headline(table.load(tmp_path)) == (
         "From batch size 32 to 2, BN's test error rises by 11.1 points (23.6 to 34.7 %); "
         "GN's changes by less than 0.1 points (24.1 to 24.1 %); n = 1 seed a cell, too few for an interval."
     )
@@ -318,7 +318,7 @@ def test_headline_with_cells_that_have_no_result(tmp_path):
     write_run(tmp_path, "in", 32, test_error=28)
     write_run(tmp_path, "in", 2, 0, status="diverged")
     write_run(tmp_path, "in", 2, 1, test_error=28)
-    assert report.headline(table.load(tmp_path)) == (
+    assert page.headline(table.load(tmp_path)) == (
         "From batch size 32 to 2, BN's test error rises by 11.1 points (23.6 to 34.7 %); "
         "GN has no run at batch size 2; LN has no finished run at batch size 2; "
         "IN cannot be told, having 1 diverged run at batch size 2; n = 1 seed a cell, too few for an interval."
@@ -328,7 +328,7 @@ def test_headline_with_cells_that_have_no_result(tmp_path):
 def test_headline_of_one_batch_size(tmp_path):
     write_cells(tmp_path, "bn", {32: (23.6, 23.8)})
     write_cells(tmp_path, "gn", {32: (24.1,)})
-    assert report.headline(table.load(tmp_path)) == (
+    assert page.headline(table.load(tmp_path)) == (
         "Mean test error at batch size 32, lowest first: BN 23.7 %; GN 24.1 %; n = 1 to 2 seeds a cell."
     )
 
@@ -339,7 +339,7 @@ def test_headline_of_a_norm_batch_sweep(tmp_path):
             write_run(tmp_path, "bn", 32, seed, norm_batch_size=norm_batch_size, test_error=error + seed / 10)
     write_run(tmp_path, "gn", 32, 0, test_error=11.0)
     write_run(tmp_path, "gn", 32, 1, test_error=11.2)
-    assert report.headline(table.load(tmp_path)) == (
+    assert page.headline(table.load(tmp_path)) == (
         "From normalization batch size 32 to 2, BN's test error rises by 4.0 points [3.7, 4.3] (10.1 to 14.1 %); "
         "GN's does not depend on it (11.1 %); n = 2 seeds a cell, 95 % intervals in brackets."
     )
@@ -349,7 +349,7 @@ def test_headline_of_the_papers_workers(tmp_path):
     for images, error in ((32, 10.0), (2, 14.0)):
         write_run(tmp_path, "bn", 8 * images, norm_batch_size=images, test_error=error)
         write_run(tmp_path, "gn", 8 * images, test_error=11.0)
-    assert report.headline(table.load(tmp_path)) == (
+    assert page.headline(table.load(tmp_path)) == (
         "From normalization batch size 32 to 2, BN's test error rises by 4.0 points (10.0 to 14.0 %); "
         "GN's changes by less than 0.1 points (11.0 to 11.0 %); n = 1 seed a cell, too few for an interval."
     )
@@ -359,14 +359,14 @@ def test_headline_without_any_result(tmp_path):
     write_run(tmp_path, seed=0, status="failed")
     write_run(tmp_path, seed=1, status="running")
     write_run(tmp_path, seed=2).write_text("broken")
-    sentence = report.headline(table.load(tmp_path))
+    sentence = page.headline(table.load(tmp_path))
     assert sentence == "No run has finished (1 failed, 1 running, 1 unreadable)."
 
 
 def test_headline_keeps_configurations_apart(tmp_path):
     write_cells(tmp_path, "bn", {32: (20.0,), 2: (30.0,)}, epochs=30)
     write_cells(tmp_path, "bn", {32: (50.0,), 2: (55.0,)}, epochs=3)
-    sentence = report.headline(table.load(tmp_path))
+    sentence = page.headline(table.load(tmp_path))
     assert "BN [epochs=30]'s rises by 10.0 points" in sentence
     assert "BN [epochs=3]'s test error rises by 5.0 points" in sentence
 
@@ -375,7 +375,7 @@ def test_headline_stays_short(tmp_path):
     for num_groups in (1, 2, 4, 8, 16):
         keys = {"norm_keys": {"num_groups": num_groups}}
         write_cells(tmp_path, "gn", {32: (24.0,), 2: (24.5,)}, **keys)
-    assert "; 1 more in the table; n = 1" in report.headline(table.load(tmp_path))
+    assert "; 1 more in the table; n = 1" in page.headline(table.load(tmp_path))
 
 
 ERRORS = st.none() | st.floats(0, 100)  # None: the run has not finished
@@ -403,6 +403,6 @@ def test_a_report_of_any_part_of_a_grid_counts_and_averages_what_is_there(tmp_pa
         errors = [error for error in seeds.values() if error is not None]
         assert cells.loc[cell, "n"] == len(errors)
         assert cells.loc[cell, "mean"] == pytest.approx(sum(errors) / len(errors) if errors else math.nan, nan_ok=True)
-    drawn = report.draw_figures(frame, table.curves(directory))
+    drawn = page.draw_figures(frame, table.curves(directory))
     assert {"error_vs_batch_size", "error_vs_norm_batch_size"} & set(drawn)
-    assert report.headline(frame)
+    assert page.headline(frame)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import write_run, write_sweep
 
+from gnbench import command_line
 from gnbench.analysis import runs, table
 from gnbench.analysis.runs import main
 from gnbench.plan import plan_run
@@ -323,7 +324,7 @@ VALUES = st.recursive(
 @settings(deadline=None)
 @given(VALUES)
 def test_a_value_reaches_hydra_as_it_is(value):
-    override = OverridesParser.create().parse_override(f"key={runs._format_value(value)}")
+    override = OverridesParser.create().parse_override(f"key={command_line._format_value(value)}")
     assert not override.is_sweep_override()
     assert plain(override.value()) == value
     assert json.dumps(plain(override.value())) == json.dumps(value)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from gnbench.analysis.report import write_report
+from gnbench.analysis.page import write_report
 from gnbench.configs import CONFIGS, choices
 
 TINY = ("data=tiny", "model=resnet8", "num_threads=1", "epochs=2", "precise_images=32")

@@ -4,5 +4,5 @@ table.load(directory)        records -> tidy frame, a row a run
 statistics.summarize(frame)  -> a row a cell: mean, interval, what is missing
 figures.*(frame, ax)         -> the paper's figures
 claims.claims(frame)         -> the paper's statements, judged by these records
-report.main([directory])     -> all of it as files and one HTML page
+page.write_report(directories)  -> all of it as files and one HTML page
 """

@@ -7,11 +7,8 @@ gnbench-runs results/x --watch                                      what is trai
 
 import argparse
 import contextlib
-import functools
-import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,24 +17,18 @@ from typing import TYPE_CHECKING
 
 from gnbench.console import as_command
 from gnbench.errors import UserError
-from gnbench.record import LOCK, NOT_IDENTITY, RECORD, digest, leaves, load_record
+from gnbench.record import LOCK, RECORD, load_record
 
-if TYPE_CHECKING:  # --help need not wait for pandas and OmegaConf
+if TYPE_CHECKING:  # --help need not wait for pandas
     import pandas as pd
-    from omegaconf import DictConfig
 
-GROUPS = ("norm", "model", "data")  # keys of a config that are files of configs/
 RUN_NAME = re.compile(r".+-s\d+-[0-9a-f]{12}")  # as record.run_name makes it
-PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)  # text that Hydra reads as text without quotes
-NOT_TEXT = ("null", "true", "false", "inf", "nan")
-NOT_TYPED = ("tuning", "norm.source", "norm.weight.source", "results")  # what a run worked out; where it stood
 NOT_CONFIG = (  # columns that do not say what was asked for
     *("variant", "setting", "label", "status", "cause", "cell", "sweep", "run", "directory", "tuned", "results"),
     *("epochs_done", "num_parameters", "images_per_s", "peak_memory_mb", "norm_format", "bn_format"),
     *("threads", "measured_on", "engine_used"),
 )
 WATCH_S = 2.0  # between two looks of --watch
-NEVER = 1000  # changes of a file that is not to be chosen
 NUMBERS = ("test_error", "final_test_error", "val_error", "train_error", "train_loss", "time_s")
 
 
@@ -140,30 +131,6 @@ def choose_runs(frame: "pd.DataFrame", where: str | None) -> "pd.DataFrame":
     if getattr(fits, "dtype", None) not in ("bool", "boolean"):
         raise UserError(f"--where {where!r} is no condition: it is to be true or false of each run, as batch_size == 2")
     return frame[fits]
-
-
-def command_line(directory: Path | str, record: dict) -> str:
-    """The `gnbench key=value ...` that trains the run of a record again, into `directory`.
-
-    What is typed is what differs from the files of configs/ as they are now. The result is proven here: the config that
-    the words compose to has the record's digest. (The images are taken to be those of the record.)
-
-    Raises:
-        UserError: no words compose to that digest, as after a change of gnbench or of the tuning behind `tuned_from`.
-    """
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        words, config = _compose_words(record["config"])
-    except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"this version of gnbench has no such config ({_first_line(error)})") from error
-    if digest(config, str(record.get("data_fingerprint"))) != record.get("digest"):
-        asked, given = (dict(leaves(node)) for node in (record["config"], config))
-        keys = [key for key in {**asked, **given} if not _is_free(key) and asked.get(key) != given.get(key)]
-        if not keys:
-            raise UserError("its digest is not that of its config and images")
-        raise UserError(f"this version of gnbench composes another run from its config, with another {', '.join(keys)}")
-    return shlex.join(["gnbench", *words, f"results={_format_value(str(directory))}"])
 
 
 def is_trained_now(place: Path) -> bool:
@@ -274,6 +241,8 @@ def _print_commands(chosen: "pd.DataFrame") -> int:
 
 
 def _find_command(row: dict) -> str:
+    from gnbench.command_line import command_line  # it waits for Hydra
+
     try:
         return command_line(row["directory"], load_record(_place(row) / RECORD))
     except UserError as error:
@@ -361,117 +330,6 @@ def _is_told(value: object) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _compose_words(asked: dict) -> tuple[list[str], dict]:
-    """The words of the command line for a record's config, and the config that they compose to."""
-    from omegaconf import OmegaConf
-
-    from gnbench.configs import add_source
-    from gnbench.tuning import choose_base_lr
-
-    files = {group: _choose_file(group, asked[group]) for group in GROUPS}
-    cfg = _compose(files)
-    raw = dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
-    wanted = {key: value for key, value in leaves(asked) if _is_typed(key, value, asked)}
-    words = [f"{group}={name}" for group, name in files.items()]
-    # what refers to other keys comes after them, and then mostly needs no word of its own
-    for key in sorted(wanted, key=lambda key: ("${" in str(raw.get(key)), key.count("."))):
-        value = wanted[key]
-        is_given = _is_same(_select(cfg, key), value) if key in raw else value is None and "." not in key
-        if not is_given:
-            words.append(f"{'' if key in raw else '+'}{key}={_format_value(value)}")
-            OmegaConf.update(cfg, key, value, force_add="." in key)  # no run has more keys than Config
-    for key in raw:
-        if key not in wanted and raw[key] is not None and key.split(".")[0] in GROUPS:
-            words.append(f"~{key}")
-            node, _, leaf = key.rpartition(".")
-            OmegaConf.select(cfg, node).pop(leaf)
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    config["norm"] = add_source(config["norm"])
-    if config["tuned_from"] is not None:
-        config["base_lr"], config["tuning"] = choose_base_lr(config)
-    return words, config
-
-
-def _compose(files: dict[str, str]) -> "DictConfig":
-    """What Hydra composes of configs/config.yaml with these files of its groups."""
-    from omegaconf import OmegaConf
-
-    from gnbench.configs import CONFIGS
-    from gnbench.schema import Config
-
-    main = OmegaConf.load(CONFIGS / "config.yaml")
-    own = {key: value for key, value in main.items() if key not in ("defaults", "hydra")}
-    groups = {group: OmegaConf.load(CONFIGS / group / f"{name}.yaml") for group, name in files.items()}
-    return OmegaConf.merge(OmegaConf.structured(Config), groups, own)
-
-
-def _choose_file(group: str, node: dict) -> str:
-    """The file of a group from which the fewest keys have to be changed.
-
-    Any would do, but that Hydra cannot take away a key without a value, which a target might not know.
-    """
-    from gnbench.configs import choices
-
-    asked = dict(leaves(node))
-
-    def count_changes(name: str) -> int:
-        raw = _read_leaves(group, name)
-        found = {key: asked.get(key) if key in asked and "${" in str(value) else value for key, value in raw.items()}
-        changes = sum(found.get(key) != asked.get(key) for key in {**asked, **found})
-        stuck = [key for key in found if key not in asked and found[key] is None]
-        return changes + NEVER * bool(stuck and found["_target_"] != asked["_target_"])
-
-    return min(choices(group), key=count_changes)
-
-
-@functools.cache  # every run asks for every file
-def _read_leaves(group: str, name: str) -> dict:
-    from omegaconf import OmegaConf
-
-    from gnbench.configs import CONFIGS
-
-    return dict(leaves(OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"), resolve=False)))
-
-
-def _is_typed(key: str, value: object, asked: dict) -> bool:
-    """Whether a key of a record's config is one that a user sets, and not one that the run worked out."""
-    if key == "base_lr" and asked.get("tuned_from") is not None:
-        return False
-    derived = key in NOT_TYPED or key.split(".")[0] in NOT_TYPED
-    return not derived and not (key == "norm_batch_size" and value is None)
-
-
-def _is_free(key: str) -> bool:
-    """Whether a key of a config may differ between two starts of one run."""
-    return key.split(".")[0] in (*NOT_IDENTITY, "norm_batch_size")
-
-
-def _select(cfg: "DictConfig", key: str) -> object:
-    from omegaconf import OmegaConf
-
-    value = OmegaConf.select(cfg, key)
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _is_same(a: object, b: object) -> bool:
-    """Whether two values are one in a digest: 1, 1.0 and true are three."""
-    return json.dumps(a) == json.dumps(b)
-
-
-def _format_value(value: object) -> str:
-    """A value in the grammar of Hydra's command line."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_format_value, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_format_value(inner)}' for key, inner in value.items())}}}"
-    if not isinstance(value, str):
-        return json.dumps(value)
-    if PLAIN.fullmatch(value) and value.lower() not in NOT_TEXT:
-        return value
-    quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
-    return f"'{quoted}'"
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def find_commands(runs: Iterable[Run]) -> list[str]:
     Raises:
         UserError: there is none for one of them.
     """
-    from gnbench.analysis.runs import command_line
+    from gnbench.command_line import command_line
 
     lines = []
     for run in runs:
