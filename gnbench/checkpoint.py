@@ -1,7 +1,6 @@
 """The state of an unfinished run on the disk: tensors and plain values, under a checksum, with one predecessor kept."""
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -11,12 +10,11 @@ import torch
 
 from gnbench.crash import crash_at
 from gnbench.errors import UserError
-from gnbench.record import PROGRESS, cannot_write, set_aside, write_atomic
+from gnbench.files import seal, unseal
+from gnbench.record import CHECKPOINTS, PROGRESS, cannot_write, set_aside, write_atomic
 
 log = logging.getLogger(__name__)
-CURRENT = "checkpoint.pt"
-PREVIOUS = "checkpoint.previous.pt"
-DIGEST_BYTES = hashlib.sha256().digest_size
+CURRENT, PREVIOUS = CHECKPOINTS
 
 
 def save_checkpoint(directory: Path, state: dict) -> None:
@@ -27,14 +25,13 @@ def save_checkpoint(directory: Path, state: dict) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()
     try:
         if (directory / CURRENT).exists():
             os.replace(directory / CURRENT, directory / PREVIOUS)
     except OSError as error:
         raise cannot_write(directory / CURRENT, error) from error
     crash_at("rotated")
-    write_atomic(directory / CURRENT, content + hashlib.sha256(content).digest())
+    write_atomic(directory / CURRENT, seal(buffer.getvalue()))
 
 
 def load_checkpoints(directory: Path) -> list[dict]:
@@ -44,7 +41,7 @@ def load_checkpoints(directory: Path) -> list[dict]:
         UserError: a file cannot be read, or not be set aside.
     """
     states, damaged, whose = [], False, {"run": directory.name}
-    for path in (directory / CURRENT, directory / PREVIOUS):
+    for path in (directory / name for name in CHECKPOINTS):
         if path.exists():
             state = _load(path)
             if state is not None:
@@ -59,21 +56,20 @@ def load_checkpoints(directory: Path) -> list[dict]:
 
 def delete_checkpoints(directory: Path) -> None:
     """Remove what a finished run no longer needs. What cannot be removed stays: it does no harm."""
-    for name in (CURRENT, PREVIOUS, PROGRESS):
+    for name in (*CHECKPOINTS, PROGRESS):
         with contextlib.suppress(OSError):
             (directory / name).unlink(missing_ok=True)
 
 
 def _load(path: Path) -> dict | None:
     try:
-        content = path.read_bytes()
+        content = unseal(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    body, checksum = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-    if hashlib.sha256(body).digest() != checksum:
+    if content is None:
         return None
     try:
-        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:  # written whole, by something else: what torch raises then is anything
         return None
     return state if isinstance(state, dict) else None

@@ -21,8 +21,9 @@ from gnbench.errors import UserError
 SCHEMA = 1  # of the record and of what a digest covers; a change of either starts a new number
 RECORD = "record.json"
 LOG = "run.log"
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # of an unfinished run, newest first: gnbench/checkpoint.py
 PROGRESS = "progress.json"  # how far a run under way is: gnbench/progress.py
-LOCK = ".lock"  # held while a process trains the run; the system lets go of it when the process dies
+LOCK = ".lock"  # held while a process trains the run: gnbench/lock.py
 STATUSES = ("running", "done", "diverged", "failed", "interrupted")
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
 TOGETHER = "as one network"  # in `environment.engine` of a run that was not trained by itself

@@ -13,23 +13,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import torch
 from tqdm import tqdm
 
 from gnbench.board import Board, check_tensorboard
 from gnbench.build import build_model
-from gnbench.checkpoint import CURRENT, PREVIOUS, delete_checkpoints, load_checkpoints, save_checkpoint
+from gnbench.checkpoint import delete_checkpoints, load_checkpoints, save_checkpoint
 from gnbench.configs import arguments, partial
 from gnbench.cost import measure_cost
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
 from gnbench.engine import check_engine, make_engine
 from gnbench.errors import UserError
+from gnbench.lock import held
 from gnbench.machine import choose_device, describe_environment, set_arithmetic
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe
 from gnbench.progress import Teller
 from gnbench.record import (
+    CHECKPOINTS,
     CORRUPT,
     LOCK,
     RECORD,
@@ -106,11 +107,11 @@ def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) 
     records, members = {}, []
     with contextlib.ExitStack() as stack:
         for run in runs:
-            if run.is_finished() and not any((run.directory / name).exists() for name in (CURRENT, PREVIOUS)):
+            if run.is_finished() and not any((run.directory / name).exists() for name in CHECKPOINTS):
                 records[run.digest] = load_record(run.directory / RECORD)  # though its place may be for reading alone
                 continue
             try:
-                if not stack.enter_context(_locked(run)):
+                if not _lock(run, stack):
                     log.warning("%s is being trained by another process", run.name)
                     records[run.digest] = {**_new_record(run), "cause": "another process trains it"}
                 elif run.is_finished():
@@ -133,22 +134,13 @@ def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) 
     return [records[run.digest] for run in runs]
 
 
-@contextlib.contextmanager
-def _locked(run: Run) -> Iterator[bool]:
-    """Hold the lock of a run's directory; False where another process does."""
+def _lock(run: Run, stack: contextlib.ExitStack) -> bool:
+    """Hold the lock of a run's directory until `stack` is left; False where another process does."""
     try:
         run.directory.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run.directory / LOCK)  # the system lets go of it when the process dies
-        lock.acquire(timeout=LOCK_WAIT_S)
-    except filelock.Timeout:
-        yield False
-        return
+        return stack.enter_context(held(run.directory, LOCK_WAIT_S))
     except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         raise cannot_write(run.directory / LOCK, error) from error
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def record_death(run: Run, cause: str) -> None:
@@ -157,7 +149,9 @@ def record_death(run: Run, cause: str) -> None:
     Raises:
         UserError: the record cannot be written.
     """
-    with contextlib.suppress(filelock.Timeout), filelock.FileLock(run.directory / LOCK, timeout=LOCK_WAIT_S):
+    with held(run.directory, LOCK_WAIT_S) as is_free:
+        if not is_free:
+            return
         try:
             record = load_record(run.directory / RECORD)
         except UserError:
@@ -393,9 +387,7 @@ def _load_states(run: Run) -> list[dict]:
 def _steps(member: _Member, states: list[dict]) -> set[int]:
     """Where a run can go on: with fewer than two checkpoints, none of which was lost, also at its beginning."""
     steps = {state["progress"]["step"] for state in states}
-    lost = any(member.run.directory.glob(f"{CURRENT}{CORRUPT}*")) or any(
-        member.run.directory.glob(f"{PREVIOUS}{CORRUPT}*")
-    )
+    lost = any(any(member.run.directory.glob(f"{name}{CORRUPT}*")) for name in CHECKPOINTS)
     return steps | ({0} if not steps or (len(steps) < 2 and not lost) else set())
 
 

@@ -18,6 +18,7 @@ from synthetic import write_run, write_sweep
 from gnbench import command_line
 from gnbench.analysis import runs, table
 from gnbench.analysis.runs import main
+from gnbench.lock import is_held
 from gnbench.plan import plan_run
 from gnbench.record import digest, load_record, save_record
 
@@ -373,7 +374,7 @@ def test_the_lock_is_held_to_the_last_file(tmp_path, monkeypatch):
     held = {}
 
     def spy(path, unlink=Path.unlink):
-        held[path.name] = runs.is_trained_now(place)
+        held[path.name] = is_held(place)
         unlink(path)
 
     monkeypatch.setattr(Path, "unlink", spy)

@@ -1,17 +1,25 @@
 """Whether the runs of a directory are what they say: `gnbench-report --check DIR`. Reads, and changes nothing."""
 
-import hashlib
 import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
-
 from gnbench.errors import UserError
-from gnbench.record import CORRUPT, FINISHED, LOCK, PART, RECORD, STATUSES, WRONG_KIND, load_record, name_wrong_kind
-
-CHECKSUM_BYTES = hashlib.sha256().digest_size  # that end a checkpoint
+from gnbench.files import unseal
+from gnbench.lock import is_held
+from gnbench.record import (
+    CHECKPOINTS,
+    CORRUPT,
+    FINISHED,
+    LOG,
+    PART,
+    RECORD,
+    STATUSES,
+    WRONG_KIND,
+    load_record,
+    name_wrong_kind,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def check_runs(directory: Path | str) -> list[Finding]:
 
 
 def _is_run(place: Path) -> bool:
-    return any((place / name).exists() for name in (RECORD, "run.log", "checkpoint.pt", "checkpoint.previous.pt"))
+    return any((place / name).exists() for name in (RECORD, LOG, *CHECKPOINTS))
 
 
 def _check_run(place: Path) -> list[str]:
@@ -75,14 +83,9 @@ def _check_files(place: Path) -> list[str]:
     sentences = [f"{name} was set aside as damaged" for name in names if CORRUPT in name]
     sentences += [f"{name} was never finished" for name in names if name.startswith(".") and name.endswith(PART)]
     for name in names:
-        if name.endswith(".pt") and not _is_whole(place / name):
+        if name.endswith(".pt") and unseal((place / name).read_bytes()) is None:
             sentences.append(f"{name} does not match its checksum")
     return sentences
-
-
-def _is_whole(path: Path) -> bool:
-    content = path.read_bytes()
-    return hashlib.sha256(content[:-CHECKSUM_BYTES]).digest() == content[-CHECKSUM_BYTES:]
 
 
 def _check_identity(place: Path, record: dict) -> list[str]:
@@ -100,7 +103,7 @@ def _check_status(place: Path, record: dict) -> list[str]:
         return [f"status is {status!r}; it is one of {', '.join(STATUSES)}"]
     if status == "failed":
         return [f"failed: {cause}"]
-    if status == "running" and not _is_locked(place):
+    if status == "running" and not is_held(place):
         return ["says running, but no process trains it: start its sweep again"]
     if status == "interrupted":
         return [f"interrupted: {cause}; start its sweep again"]
@@ -155,16 +158,3 @@ def _check_length(config: dict, history: list[dict]) -> list[str]:
         return [f"is done after {history[-1]['step']} of {config['max_steps']} steps"] if early else []
     early = len(history) != config["epochs"]
     return [f"is done with {len(history)} of {config['epochs']} epochs in its history"] if early else []
-
-
-def _is_locked(place: Path) -> bool:
-    """Whether a process trains the run at this moment."""
-    if not (place / LOCK).exists():
-        return False
-    try:
-        with filelock.FileLock(place / LOCK, timeout=0):
-            return False
-    except filelock.Timeout:
-        return True
-    except OSError:  # it cannot be told on a disk that is read-only
-        return False

@@ -11,12 +11,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gnbench.analysis.watch import add_watch, watch_runs
 from gnbench.console import as_command
 from gnbench.errors import UserError
+from gnbench.lock import held, is_held
 from gnbench.record import LOCK, RECORD, load_record
 
 if TYPE_CHECKING:  # --help need not wait for pandas
@@ -61,8 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _watch(directories: Sequence[str], every_s: float, where: str | None) -> int:
-    from gnbench.analysis.watch import watch_runs
-
     if where is not None:
         raise UserError("--watch shows all runs of its directories: it takes no --where")
     watch_runs(directories, every_s)
@@ -71,8 +71,6 @@ def _watch(directories: Sequence[str], every_s: float, where: str | None) -> int
 
 def make_parser() -> argparse.ArgumentParser:
     """What the command line takes."""
-    from gnbench.analysis.watch import add_watch
-
     parser = argparse.ArgumentParser(
         prog="gnbench-runs", description="List, compare, delete runs and train them again, chosen by a query."
     )
@@ -133,15 +131,6 @@ def choose_runs(frame: "pd.DataFrame", where: str | None) -> "pd.DataFrame":
     return frame[fits]
 
 
-def is_trained_now(place: Path) -> bool:
-    """Whether a process holds the lock of the run in `place`. Leaves no file behind."""
-    if not (place / LOCK).exists():
-        return False
-    with contextlib.suppress(OSError), _held(place) as free:
-        return not free
-    return False  # on a disk that is read-only it cannot be told, and nothing can be trained
-
-
 def delete_run(place: Path) -> None:
     """Delete the directory of a run, with all that it holds.
 
@@ -150,8 +139,8 @@ def delete_run(place: Path) -> None:
     """
     _require_run(place)
     try:
-        with _held(place) as free:
-            if not free:
+        with held(place) as is_free:
+            if not is_free:
                 raise UserError("a process trains it")
             for path in sorted(place.iterdir(), key=lambda path: path.name == LOCK):  # the lock last
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -166,23 +155,6 @@ def _require_run(place: Path) -> None:
         raise UserError("it is a link")
     if not RUN_NAME.fullmatch(place.name) or not (place / RECORD).is_file():
         raise UserError("it is not named as a run's directory is")
-
-
-@contextlib.contextmanager
-def _held(place: Path) -> Iterator[bool]:
-    """Hold a run's lock meanwhile; False where another process has it."""
-    import filelock
-
-    lock = filelock.FileLock(place / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def _print_list(chosen: "pd.DataFrame", num_all: int) -> int:
@@ -208,7 +180,7 @@ def _print_list(chosen: "pd.DataFrame", num_all: int) -> int:
 
 def _explain(row: dict) -> str | None:
     """Why a run has no result; of one that says running, whether that is so."""
-    if row["status"] == "running" and not is_trained_now(_place(row)):
+    if row["status"] == "running" and not is_held(_place(row)):
         return "no process trains it: start its sweep again"
     return row["cause"]
 
@@ -257,7 +229,7 @@ def _delete(chosen: "pd.DataFrame", yes: bool, rerun: bool) -> int:
         try:
             command = _find_command(row) if rerun else None
             _require_run(place)
-            if is_trained_now(place):
+            if is_held(place):
                 raise UserError("a process trains it")
             told = f"{place} ({row['status']}, {_measure(place)})"
             if yes:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gnbench.analysis.runs import is_trained_now
 from gnbench.errors import UserError
+from gnbench.lock import is_held
 from gnbench.record import FINISHED, find_runs
 from gnbench.watch import QUIET_S, Row, Screen, View, Watcher, is_terminal, make_row
 from gnbench.words import describe, name_cells, name_seeds
@@ -109,7 +109,7 @@ def _look(watcher: Watcher, directories: Sequence[Path | str]) -> list[View]:
 def _is_running(view: View) -> bool:
     """Whether a process trains it, as far as can be told: another machine's locks may not be seen here."""
     here = view.progress.get("host") == socket.gethostname()
-    return view.quiet_s < (FRESH_S if here else QUIET_S) or is_trained_now(view.directory)
+    return view.quiet_s < (FRESH_S if here else QUIET_S) or is_held(view.directory)
 
 
 def _count(views: Sequence[View]) -> str:
