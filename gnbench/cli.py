@@ -21,7 +21,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from gnbench.configs import CONFIGS, choices
 from gnbench.console import INTERRUPTED, fall_silent
-from gnbench.errors import SweepFailed, UserError
+from gnbench.errors import SweepFailed, UserError, first_line
 from gnbench.plan import Run
 from gnbench.schema import Config, explain_unknown_key, plan
 from gnbench.words import describe
@@ -121,7 +121,8 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ConfigCompositionException) and (match := re.match(UNKNOWN_KEY, text)):
         return explain_unknown_key(*match.groups())
     if isinstance(error, ConfigCompositionException) and (match := re.match(r"Error merging override (.*)", text)):
-        return f"{match[1]} is not legal: {_first_line(error.__cause__)}"
+        said = first_line(error.__cause__) if error.__cause__ else "it cannot be merged into the config"
+        return f"{match[1]} is not legal: {said}"
     if isinstance(error, OverrideParseException):
         said = next(line for line in text.splitlines() if line and line != error.override and set(line) - set(" ^"))
         hint = "; a value with spaces or letters beyond ASCII stands in quotes of its own, as in 'results=\"a b\"'"
@@ -138,5 +139,3 @@ def _is_of_group(error: Exception) -> bool:
     return isinstance(error, ValueError) and str(error).startswith("Config group override must be")
 
 
-def _first_line(error: BaseException | None) -> str:
-    return str(error).splitlines()[0] if error else "it cannot be merged into the config"

@@ -9,11 +9,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gnbench.schema import Config
-from gnbench.configs import CONFIGS, choices, first_line
-from gnbench.errors import UserError
+from gnbench.configs import CONFIGS, choices
+from gnbench.errors import UserError, first_line
 from gnbench.plan import work_out
 from gnbench.record import NOT_IDENTITY, digest, leaves
+from gnbench.schema import Config
 
 GROUPS = ("norm", "model", "data")  # keys of a config that are files of configs/
 PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)  # text that Hydra reads as text without quotes

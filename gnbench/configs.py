@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gnbench.errors import UserError
+from gnbench.errors import UserError, first_line
 
 _PACKAGE = Path(__file__).parent
 # An installed package carries the files inside; a clone has them beside it, where people edit them.
@@ -71,7 +71,7 @@ def load_group(group: str, name: str, params: dict, context: dict) -> dict:
         config = OmegaConf.create({**context, group: OmegaConf.merge(node, params)})
         return OmegaConf.to_container(config, resolve=True)[group]
     except OmegaConfBaseException as error:
-        raise UserError(f"{group}={name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{group}={name}: {first_line(error)}") from error
 
 
 def partial(node: dict, **more: object) -> Callable:
@@ -156,8 +156,3 @@ def _hint(error: Exception, target: str) -> str:
     name, there = getattr(error, "name", None), getattr(error, "obj", None)
     near = difflib.get_close_matches(name, dir(there), n=1) if isinstance(error, AttributeError) and name else None
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line; its type where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

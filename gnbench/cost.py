@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from gnbench.configs import first_line, load_group
+from gnbench.configs import load_group
 from gnbench.data import Dataset
 from gnbench.engine import Eager, prefers_channels_last
 from gnbench.engine.eager import forward
+from gnbench.errors import first_line
 from gnbench.timing import time_calls, wait_for_device
 from gnbench.train import Training
 

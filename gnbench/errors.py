@@ -1,4 +1,4 @@
-"""The exceptions whose messages are shown to the user without a traceback."""
+"""The exceptions whose messages are shown to the user without a traceback, and what others say in one line."""
 
 
 class UserError(Exception):
@@ -20,3 +20,8 @@ def require(condition: bool, key: str, value: object, legal: str) -> None:
 
 class SweepFailed(Exception):
     """Some runs of a sweep failed; the message lists them, each with its cause and its log."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

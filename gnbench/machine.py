@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gnbench
-from gnbench.errors import UserError, require
+from gnbench.errors import UserError, first_line, require
 from gnbench.workers import choose_own_gpu
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def choose_device(name: str, precision: str) -> "torch.device":
         if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
             torch.empty(0, device=device)  # not on a GPU that is there, where a sweep's launcher would keep a context
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device={name} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device={name} is not to be had here: {first_line(error)}") from error
     require(device.type in ("cpu", "cuda"), "device", name, "it is auto, cpu, cuda, cuda:1, ...")
     if precision == "tf32" and device.type != "cuda":
         raise UserError(f"precision=tf32 is not legal on device={name}: it is float32 or bf16 there")

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -95,6 +96,11 @@ def load_record(path: Path | str) -> dict:
     if checksum != record.get("sha256"):
         raise UserError(f"{path}: its content does not match its checksum")
     return record
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a record is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def find_runs(directory: Path | str) -> list[Path]:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gnbench.configs import first_line, partial
-from gnbench.errors import UserError
+from gnbench.configs import partial
+from gnbench.errors import UserError, first_line
 from gnbench.models import ConvWeight, NormFactory, brings_activation, norm_and_activation
 from gnbench.precise_bn import layers_with_statistics, update_precise_statistics
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gnbench.errors import UserError
-from gnbench.record import PROGRESS, RECORD, load_record
+from gnbench.record import PROGRESS, RECORD, is_number, load_record
 from gnbench.words import duration
 
 if TYPE_CHECKING:
@@ -89,13 +89,9 @@ def _load_progress(path: Path) -> dict:
     """What gnbench.progress wrote; raises ValueError where it is not that, or not all of it."""
     content = json.loads(path.read_bytes())
     keys = ("step", "num_steps", "epoch", "num_epochs", "images_per_s")
-    if not isinstance(content, dict) or not all(_is_number(content.get(key)) for key in keys):
+    if not isinstance(content, dict) or not all(is_number(content.get(key)) for key in keys):
         raise ValueError(f"{path}: not a run's progress")
     return content
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _age(directory: Path) -> float:
@@ -134,7 +130,7 @@ def make_row(name: str, views: Sequence[View]) -> Row:
     elif history := min((view.record.get("history") or [] for view in views), key=len, default=[]):
         epochs = views[0].record["config"].get("epochs")
         row.epoch = f"{len(history)}/{epochs}"
-        row.share = len(history) / epochs if _is_number(epochs) and epochs else None
+        row.share = len(history) / epochs if is_number(epochs) and epochs else None
     quiet_s = min((view.quiet_s for view in views), default=0.0)
     if quiet_s > QUIET_S:
         row.note = f"quiet {duration(quiet_s)}"
@@ -146,7 +142,7 @@ def make_row(name: str, views: Sequence[View]) -> Row:
 def _last(record: dict, key: str) -> float | None:
     """The newest value of a history that has it."""
     rows = [row for row in record.get("history") or () if isinstance(row, dict)]  # others may write records too
-    return next((row[key] for row in reversed(rows) if _is_number(row.get(key))), None)
+    return next((row[key] for row in reversed(rows) if is_number(row.get(key))), None)
 
 
 def _left(view: View) -> float:

@@ -75,13 +75,13 @@ def _distinguish(configs: list[dict], known: Sequence[str] = (), first: Sequence
         return len({repr([config.get(key) for key in keys]) for config in configs})
 
     kept, others = list(known), dict.fromkeys(key for config in configs for key in config)
-    for key in (*first, *(key for key in others if not _is_told(key))):
+    for key in (*first, *(key for key in others if not _is_told_elsewhere(key))):
         if count([*kept, key]) > count(kept):
             kept.append(key)
     return kept[len(known) :]
 
 
-def _is_told(key: str) -> bool:
+def _is_told_elsewhere(key: str) -> bool:
     return key.split(".")[0] in NOT_TOLD or key.rpartition(".")[2] == "norm_batch_size"
 
 
@@ -95,6 +95,11 @@ def name_seeds(seeds: Sequence[int | None]) -> str:
     seeds = sorted(seed for seed in seeds if isinstance(seed, int))
     in_a_row = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     return f"s{seeds[0]}-{seeds[-1]}" if in_a_row else f"s{','.join(map(str, seeds))}"
+
+
+def has_value(value: object) -> bool:
+    """Whether there is something to tell: neither None, nor NaN or pandas' NA, nor an empty text."""
+    return value is not None and str(value) not in ("nan", "<NA>", "")
 
 
 def number_of(number: int | str, noun: str) -> str:

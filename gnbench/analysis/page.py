@@ -13,7 +13,7 @@ from gnbench.analysis import cost, diagnosis, figures, layers, statistics, table
 from gnbench.analysis.claims import NOT_TESTED, claims
 from gnbench.configs import choices, describe_norm
 from gnbench.record import TOGETHER, write_atomic
-from gnbench.words import number_of
+from gnbench.words import has_value, number_of
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 REFRESH = '<meta http-equiv="refresh" content="{}">\n'
@@ -273,7 +273,7 @@ def list_facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
         (
             "Machines",
             "; ".join(
-                " · ".join(str(part) for part in machine if _is_told(part))
+                " · ".join(str(part) for part in machine if has_value(part))
                 for machine in machines.itertuples(index=False)
             ),
         ),
@@ -379,14 +379,9 @@ def _format(frame: pd.DataFrame, columns: dict) -> list[list[str]]:
 
 
 def _format_value(value: object, decimals: int) -> str:
-    if not _is_told(value):
+    if not has_value(value):
         return "–"
     return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
-
-
-def _is_told(value: object) -> bool:
-    """Whether there is a value: neither None nor pandas' NA, which alone do not equal themselves truly, nor NaN."""
-    return value is not None and str(value) not in ("nan", "<NA>", "None", "")
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -396,16 +391,16 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def _names(values: pd.Series) -> str:
-    return ", ".join(table.write_value(value) for value in values.unique() if _is_told(value))
+    return ", ".join(table.write_value(value) for value in values.unique() if has_value(value))
 
 
 def _describe_norm(norm: str, row: pd.Series) -> dict[str, str]:
     target = str(row["norm._target_"])
     if target.startswith("gnbench.") and norm in choices("norm"):
         return describe_norm(norm)
-    depends_on = "batch" if _is_told(row["norm_batch_size"]) else "sample"
-    weights = ", weights" if _is_told(row.get("norm.weight._target_")) else ""
-    source = f"hash {row['norm.source']}" if _is_told(row["norm.source"]) else ""
+    depends_on = "batch" if has_value(row["norm_batch_size"]) else "sample"
+    weights = ", weights" if has_value(row.get("norm.weight._target_")) else ""
+    source = f"hash {row['norm.source']}" if has_value(row["norm.source"]) else ""
     return {"description": target, "depends_on": depends_on + weights, "parameters": "", "source": source}
 
 
@@ -413,7 +408,7 @@ def _describe_norms(frame: pd.DataFrame) -> list[str]:
     keys = ["num_groups", "channels_per_group", *(key for key in frame if key.startswith("norm.") and key[5] != "_")]
     rows = frame.drop_duplicates("label")[["label", *keys]].to_dict("records")
     params = [
-        [f"{key.removeprefix('norm.')} = {table.write_value(row[key])}" for key in keys if _is_told(row[key])]
+        [f"{key.removeprefix('norm.')} = {table.write_value(row[key])}" for key in keys if has_value(row[key])]
         for row in rows
     ]
     return [f"{row['label']}: {', '.join(own)}" if own else row["label"] for row, own in zip(rows, params, strict=True)]

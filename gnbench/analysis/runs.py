@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from gnbench.analysis.watch import add_watch, watch_runs
 from gnbench.console import as_command
-from gnbench.errors import UserError
+from gnbench.errors import UserError, first_line
 from gnbench.lock import held, is_held
 from gnbench.record import LOCK, RECORD, load_record
+from gnbench.words import has_value
 
 if TYPE_CHECKING:  # --help need not wait for pandas
     import pandas as pd
@@ -123,7 +124,7 @@ def choose_runs(frame: "pd.DataFrame", where: str | None) -> "pd.DataFrame":
     try:
         fits = frame.eval(where, engine="python", local_dict={}, global_dict={})
     except Exception as error:  # pandas raises errors of many kinds
-        raise UserError(f"--where {where!r} is no condition on these runs: {_first_line(error)}") from error
+        raise UserError(f"--where {where!r} is no condition on these runs: {first_line(error)}") from error
     if isinstance(fits, bool):
         return frame if fits else frame.iloc[:0]
     if getattr(fits, "dtype", None) not in ("bool", "boolean"):
@@ -164,9 +165,9 @@ def _print_list(chosen: "pd.DataFrame", num_all: int) -> int:
             "run": str(_place(row)) if several else row["run"],
             "status": row["status"],
             **{key: row[key] for key in ("norm", "batch_size", "norm_batch_size", "seed")},
-            "epochs": f"{row['epochs_done']}/{row['epochs']}" if _is_told(row["epochs_done"]) else None,
+            "epochs": f"{row['epochs_done']}/{row['epochs']}" if has_value(row["epochs_done"]) else None,
             "test_error": row["test_error"],
-            "time": f"{row['time_s']:.0f} s" if _is_told(row["time_s"]) else None,
+            "time": f"{row['time_s']:.0f} s" if has_value(row["time_s"]) else None,
             "cause": _explain(row),
         }
         for row in _rows(chosen)
@@ -190,9 +191,9 @@ def _print_comparison(chosen: "pd.DataFrame") -> int:
     keys = [
         key
         for key in chosen
-        if not _is_number(key) and key not in NOT_CONFIG and readable[key].map(_to_text).nunique() > 1
+        if not _is_measured(key) and key not in NOT_CONFIG and readable[key].map(_to_text).nunique() > 1
     ]
-    numbers = [key for key in chosen if _is_number(key) and readable[key].notna().any()]
+    numbers = [key for key in chosen if _is_measured(key) and readable[key].notna().any()]
     numbers = [key for key in numbers if not key.endswith(("_low", "_high"))]
     _print_table([{key: row[key] for key in ("run", *keys, "status", *numbers)} for row in _rows(readable)])
     print(f"\n{len(readable)} runs, which differ in {', '.join(keys) or 'nothing of their config'}")
@@ -269,19 +270,19 @@ def _print_table(rows: Sequence[dict]) -> None:
     lines = [[] for _ in range(len(rows) + 1)]
     for key, cells in columns.items():
         width = max(map(len, [key, *cells]))
-        numeric = all(isinstance(row[key], int | float) or not _is_told(row[key]) for row in rows)
+        numeric = all(isinstance(row[key], int | float) or not has_value(row[key]) for row in rows)
         for line, cell in zip(lines, [key, *cells], strict=True):
             line.append(cell.rjust(width) if numeric else cell.ljust(width))
     print("\n".join("  ".join(line).rstrip() for line in lines))
 
 
 def _show(key: str, value: object) -> str:
-    if isinstance(value, float) and _is_number(key) and _is_told(value):
+    if isinstance(value, float) and _is_measured(key) and has_value(value):
         return f"{value:.{0 if key == 'time_s' else 2}f}"
     return _to_text(value) or "–"
 
 
-def _is_number(key: str) -> bool:
+def _is_measured(key: str) -> bool:
     """Whether a column is a number that a run reports."""
     from gnbench.analysis.table import COSTS
 
@@ -290,18 +291,9 @@ def _is_number(key: str) -> bool:
 
 def _to_text(value: object) -> str:
     """A value on one line; nothing for no value."""
-    if not _is_told(value):
+    if not has_value(value):
         return ""
     return f"{value:.10g}" if isinstance(value, float) else " ".join(str(value).split())
-
-
-def _is_told(value: object) -> bool:
-    """Whether there is a value: neither None nor NaN nor pandas' NA."""
-    return value is not None and str(value) not in ("nan", "<NA>")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

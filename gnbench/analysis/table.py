@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from gnbench.errors import UserError
-from gnbench.record import NOT_IDENTITY, WRONG_KIND, find_runs, load_record, name_wrong_kind
+from gnbench.record import NOT_IDENTITY, WRONG_KIND, find_runs, is_number, load_record, name_wrong_kind
 
 REFERENCE = Path(__file__).with_name("reference.csv")
 NORM_LABELS = {  # in the order of every table
@@ -332,17 +332,17 @@ def _measure(record: dict, config: dict, history: list[dict]) -> dict:
     """Results of a finished run; time and memory of any."""
     done = record.get("status") == "done"
     result = (record.get("result") or {}) if done else {}
-    if done and not _is_number(result.get("test_error")):
+    if done and not is_number(result.get("test_error")):
         raise UserError(f"status is done, but result.test_error is {result.get('test_error')!r}")
     by_statistics = result.get("test_error_by_statistics") or {}  # ema, precise, batch: what BN may evaluate with
-    spent = [entry["time_s"] for entry in history if _is_number(entry.get("time_s"))]
-    memory = [entry["peak_memory_mb"] for entry in history if _is_number(entry.get("peak_memory_mb"))]
+    spent = [entry["time_s"] for entry in history if is_number(entry.get("time_s"))]
+    memory = [entry["peak_memory_mb"] for entry in history if is_number(entry.get("peak_memory_mb"))]
     steps = history[-1].get("step") if history else None
-    known_speed = _is_number(steps) and sum(spent) > 0
-    measured = {key: value for key, value in result.items() if _is_number(value)}
+    known_speed = is_number(steps) and sum(spent) > 0
+    measured = {key: value for key, value in result.items() if is_number(value)}
     return {
         **{key: measured.get(key, math.nan) for key in MEASURED},
-        **{f"test_error_{key}": value for key, value in by_statistics.items() if _is_number(value)},
+        **{f"test_error_{key}": value for key, value in by_statistics.items() if is_number(value)},
         "time_s": measured.get("time_s", sum(spent)),
         "images_per_s": steps * config["batch_size"] / sum(spent) if known_speed else math.nan,
         "peak_memory_mb": max(memory, default=math.nan),
@@ -353,15 +353,11 @@ def _read_cost(record: dict) -> dict:
     """The numbers of a finished measurement of cost."""
     done = record.get("status") == "done"
     cost = (record.get("cost") or {}) if done else {}
-    if done and not _is_number(cost.get("step_ms")):
+    if done and not is_number(cost.get("step_ms")):
         raise UserError(f"status is done, but cost.step_ms is {cost.get('step_ms')!r}")
     names = (*COSTS, "images_per_s", "time_s", "peak_memory_mb")
     formats = {key: cost.get(key) for key in ("norm_format", "bn_format")}
-    return {**formats, **{key: cost[key] if _is_number(cost.get(key)) else math.nan for key in names}}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return {**formats, **{key: cost[key] if is_number(cost.get(key)) else math.nan for key in names}}
 
 
 def _tabulate(directories: tuple[Path | str, ...], measure: str | None) -> pd.DataFrame:
