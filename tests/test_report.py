@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import write_run, write_sweep
 
-from gnbench.analysis import page, report, statistics, table
+from gnbench.analysis import figures, page, report, statistics, table
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,7 @@ def test_one_run_of_one_epoch_is_told_in_the_singular(tmp_path):
     assert "1 run " in text
     for wrong in ("1 runs", "1 epochs", "1 seeds", "1 statements"):
         assert wrong not in text.replace("11 ", "")
+    assert "1 epoch," in figures.describe_runs(table.load(tmp_path))
 
 
 @pytest.mark.parametrize(("num_epochs", "words"), [(1, "of the last epoch"), (6, "over its last 5 epochs")])

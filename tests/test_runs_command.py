@@ -170,7 +170,7 @@ def test_equal_configs_differ_in_nothing_and_an_unreadable_record_is_named(tmp_p
     write_run(tmp_path, "bn", 8).write_text("{}")
     assert main([str(tmp_path), "--compare"]) == 1
     out, err = capsys.readouterr()
-    assert out.endswith("1 runs, which differ in nothing of their config\n")
+    assert out.endswith("1 run, which differs in nothing of its config\n")
     assert "not a record of gnbench" in err
 
 
@@ -348,7 +348,7 @@ def test_nothing_is_deleted_without_yes(sweep, capsys):
     assert [line.split(" (")[0] for line in out.splitlines()] == [
         f"would delete {place}" for size in (8, 2) for place in sweep.glob(f"gn-bs{size}-s1-*")
     ]
-    assert "(done, 1 files, 0.0 MiB)" in out
+    assert "(done, 1 file, 0.0 MiB)" in out
     assert err == "gnbench-runs: nothing is deleted without --yes\n"
 
 

@@ -364,7 +364,7 @@ def test_a_report_is_drawn_again_as_runs_come_in(tmp_path):
     process = start_watching(tmp_path, "report", "0.1")
     wait_for(lambda: "out: holds no records" in said(tmp_path, "stderr"))
     write_run(out, "gn", 8, status="running")
-    wait_for(lambda: "1 runs have begun" in said(tmp_path))
+    wait_for(lambda: "1 run has begun" in said(tmp_path))
     damaged = write_run(out, "gn", 4)
     damaged.write_text(damaged.read_text()[:99])  # as a reader may find it on a disk that is shared
     wait_for(lambda: "2 runs have begun: 0 done" in said(tmp_path))

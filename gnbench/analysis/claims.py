@@ -211,7 +211,7 @@ def claims(frame: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     Args:
         margin: points that count as a change.
     """
-    found, points = [], f"{margin:g} point{'' if margin == 1 else 's'}"
+    found, points = [], number_of(f"{margin:g}", "point")
     for setting, rows in frame[frame["cell"].notna()].groupby("setting", sort=False):
         grid = Grid(rows)
         for statement, judge, source in (*STATEMENTS, *state_others(grid)):

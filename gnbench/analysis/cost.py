@@ -411,16 +411,15 @@ def _named(costs: pd.DataFrame) -> pd.DataFrame:
 def _describe(done: pd.DataFrame) -> str:
     """Model, images, precision, memory format and machine, where all rows have the same."""
     forms = {
-        "model": "{}",
-        "data": "{} images",
-        "precision": "{}",
-        "memory_format": "memory format {}",
-        "num_threads": "{} threads",
-        "device": "{}",
+        "model": str,
+        "data": "{} images".format,
+        "precision": str,
+        "memory_format": "memory format {}".format,
+        "num_threads": lambda number: number_of(number, "thread"),
+        "device": str,
     }
     values = {key: done[key].dropna().unique() for key in forms}
-    text = ", ".join(forms[key].format(found[0]) for key, found in values.items() if len(found) == 1)
-    return text.replace(" 1 threads", " 1 thread")
+    return ", ".join(forms[key](found[0]) for key, found in values.items() if len(found) == 1)
 
 
 def _name_left_out(cells: pd.DataFrame, sizes: Sequence[int]) -> list[str]:

@@ -30,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 from gnbench.analysis.statistics import name_gaps, summarize
 from gnbench.analysis.table import find_groups, label_norm, place_cells, slice_axis
 from gnbench.record import write_atomic
+from gnbench.words import number_of
 
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
@@ -411,17 +412,17 @@ def describe_cuts(summary: pd.DataFrame) -> str:
 def describe_runs(frame: pd.DataFrame, x: str = "") -> str:
     """Model, data, epochs and batch size, where all rows have the same; `x` is on the axis and not told."""
     forms = {
-        "model": "{}",
-        "data": "{}",
-        "train_size": "{} training images",
-        "epochs": "{} epochs",
-        "batch_size": "batch size {}",
+        "model": str,
+        "data": str,
+        "train_size": lambda number: number_of(number, "training image"),
+        "epochs": lambda number: number_of(number, "epoch"),
+        "batch_size": "batch size {}".format,
     }
     values = {key: frame[key].dropna().unique() for key in forms if key != x}
-    parts = [forms[key].format(found[0]) for key, found in values.items() if len(found) == 1]
-    if frame["train_size"].isna().all() and len(values["data"]) == 1:
-        parts.insert(parts.index(forms["data"].format(values["data"][0])) + 1, "all training images")
-    return ", ".join(parts) + "." if parts else ""
+    told = {key: forms[key](found[0]) for key, found in values.items() if len(found) == 1}
+    if "data" in told and frame["train_size"].isna().all():
+        told["data"] += ", all training images"
+    return ", ".join(told.values()) + "." if told else ""
 
 
 def new_axes(count: int, size: tuple[float, float], **options: object) -> Sequence[Axes]:

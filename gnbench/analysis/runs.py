@@ -20,7 +20,7 @@ from gnbench.console import as_command
 from gnbench.errors import UserError, first_line
 from gnbench.lock import held, is_held
 from gnbench.record import LOCK, RECORD, load_record
-from gnbench.words import has_value
+from gnbench.words import has_value, number_of
 
 if TYPE_CHECKING:  # --help need not wait for pandas
     import pandas as pd
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         frame = load_runs(options.directories)
         chosen = choose_runs(frame, options.where)
         if chosen.empty:
-            print(f"gnbench-runs: none of the {len(frame)} runs fits", file=sys.stderr)
+            print(f"gnbench-runs: none of the {number_of(len(frame), 'run')} fits", file=sys.stderr)
             return 0
         if options.compare:
             return _print_comparison(chosen)
@@ -174,8 +174,8 @@ def _print_list(chosen: "pd.DataFrame", num_all: int) -> int:
     ]
     _print_table(rows)
     counts = ", ".join(f"{count} {status}" for status, count in chosen["status"].value_counts(sort=False).items())
-    of_all = f" of {num_all}" if len(chosen) < num_all else ""
-    print(f"\n{len(chosen)}{of_all} runs: {counts}")
+    of_all = f"{len(chosen)} of " if len(chosen) < num_all else ""
+    print(f"\n{of_all}{number_of(num_all, 'run')}: {counts}")
     return 0
 
 
@@ -196,7 +196,9 @@ def _print_comparison(chosen: "pd.DataFrame") -> int:
     numbers = [key for key in chosen if _is_measured(key) and readable[key].notna().any()]
     numbers = [key for key in numbers if not key.endswith(("_low", "_high"))]
     _print_table([{key: row[key] for key in ("run", *keys, "status", *numbers)} for row in _rows(readable)])
-    print(f"\n{len(readable)} runs, which differ in {', '.join(keys) or 'nothing of their config'}")
+    differ, their = ("differs", "its") if len(readable) == 1 else ("differ", "their")
+    what = ", ".join(keys) or f"nothing of {their} config"
+    print(f"\n{number_of(len(readable), 'run')}, which {differ} in {what}")
     for row in _rows(chosen[chosen["status"] == "unreadable"]):
         _complain(row, row["cause"])
     return int(len(readable) < len(chosen))
@@ -249,7 +251,7 @@ def _delete(chosen: "pd.DataFrame", yes: bool, rerun: bool) -> int:
 
 def _measure(place: Path) -> str:
     files = [path for path in place.rglob("*") if path.is_file()]
-    return f"{len(files)} files, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB"
+    return f"{number_of(len(files), 'file')}, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB"
 
 
 def _complain(row: dict, sentence: str) -> None:

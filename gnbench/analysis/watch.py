@@ -15,7 +15,7 @@ from gnbench.errors import UserError
 from gnbench.lock import is_held
 from gnbench.record import FINISHED, find_runs
 from gnbench.watch import QUIET_S, Row, Screen, View, Watcher, is_terminal, make_row
-from gnbench.words import describe, name_cells, name_seeds
+from gnbench.words import describe, name_cells, name_seeds, number_of
 
 FRESH_S = 3.0  # a run that moved so short ago is trained, whether its lock can be seen or not
 COUNTED = ("running", "failed", "interrupted", "unreadable")
@@ -116,7 +116,8 @@ def _count(views: Sequence[View]) -> str:
     counts = Counter(view.status or "unreadable" for view in views)
     done = sum(counts[status] for status in FINISHED)
     others = [f"{counts[status]} {status}" for status in COUNTED if counts[status]]
-    return f"{len(views)} runs have begun: {', '.join([f'{done} done', *others])}"
+    have = "has" if len(views) == 1 else "have"
+    return f"{number_of(len(views), 'run')} {have} begun: {', '.join([f'{done} done', *others])}"
 
 
 def _make_rows(views: Sequence[View]) -> tuple[list[Row], Row]:
