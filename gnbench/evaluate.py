@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from gnbench.data import Dataset, Split, train_batches
 from gnbench.precise_bn import batch_statistics, kept_statistics, layers_with_statistics, update_precise_statistics
+from gnbench.record import PERCENTILES
 
-PERCENTILES = (1, 20, 80, 99)  # of responses, as arXiv:1803.08494, Figure 6
 BATCH_SIZE = 1000  # images; fixed, so that the rounding of an error does not depend on the recipe
 
 

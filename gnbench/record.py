@@ -28,6 +28,7 @@ LOCK = ".lock"  # held while a process trains the run: gnbench/lock.py
 STATUSES = ("running", "done", "diverged", "failed", "interrupted")
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
 TOGETHER = "as one network"  # in `environment.engine` of a run that was not trained by itself
+PERCENTILES = (1, 20, 80, 99)  # of responses and activations, as arXiv:1803.08494, Figure 6
 PART = ".part"  # ends the name of a file that is still being written
 WRONG_KIND = (TypeError, KeyError, AttributeError, ValueError, OverflowError)  # what strange values make a reader raise
 CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is kept as evidence

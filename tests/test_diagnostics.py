@@ -16,7 +16,8 @@ from torch import nn
 
 import gnbench
 from gnbench import diagnostics
-from gnbench.analysis import layers, table
+from gnbench.analysis import diagnostics as analysis
+from gnbench.analysis import table
 from gnbench.analysis.page import write_report
 from gnbench.configs import choices
 from gnbench.diagnostics import diagnose, is_due, measure_noise
@@ -354,8 +355,8 @@ def drawn(ax, number: int) -> tuple[list, list]:
 
 
 def test_the_table_has_every_number(tmp_path):
-    tidy = layers.tabulate(write_runs(tmp_path))
-    assert list(tidy.columns) == [*layers.RUN, *layers.LAYER]
+    tidy = analysis.tabulate(write_runs(tmp_path))
+    assert list(tidy.columns) == [*analysis.RUN, *analysis.LAYER]
     per_epoch = 3 * (4 + 3 + 2 * 3 + 3) + 2
     assert len(tidy) == 8 * 2 * per_epoch
     one = tidy[(tidy["norm"] == "bn") & (tidy["batch_size"] == 2) & (tidy["seed"] == 1) & (tidy["epoch"] == 2)]
@@ -373,12 +374,12 @@ def test_columns_of_norm_batches_are_named_as_on_the_axes(tmp_path):
     for size in (4, 2):
         keys = {"diagnostics": made_up(1.0)}
         write_run(tmp_path, "bn", 4, norm_batch_size=size, test_error=20, history_keys=keys, num_epochs=1)
-    axes = layers.by_depth(table.curves(tmp_path), "sd")
+    axes = analysis.by_depth(table.curves(tmp_path), "sd")
     assert [ax.get_title() for ax in axes[0]] == ["normalization batch size 4", "normalization batch size 2"]
 
 
 def test_activations_have_a_row_a_norm_and_a_column_a_batch_size(tmp_path):
-    axes = layers.activations(write_runs(tmp_path))
+    axes = analysis.activations(write_runs(tmp_path))
     assert [ax.get_title() for ax in axes[0]] == ["batch size 4", "batch size 2"]
     assert [line[0].get_ylabel() for line in axes] == ["BN\nactivation", "GN\nactivation"]
     assert axes[-1, 0].get_xlabel() == "depth (norm)"
@@ -388,7 +389,7 @@ def test_activations_have_a_row_a_norm_and_a_column_a_batch_size(tmp_path):
 
 @pytest.mark.parametrize(("quantity", "values"), [("sd", [1.5, 3.0, 4.5]), ("stable_rank", [2.0, 4.0, 6.0])])
 def test_by_depth_a_line_is_a_norm_and_a_row_an_epoch(tmp_path, quantity, values):
-    axes = layers.by_depth(write_runs(tmp_path), quantity)
+    axes = analysis.by_depth(write_runs(tmp_path), quantity)
     assert axes.shape == (2, 2)
     assert [line[0].get_ylabel().splitlines()[1] for line in axes] == ["epoch 1", "epoch 2"]
     assert drawn(axes[1, 0], 0) == ([1, 2, 3], values)
@@ -396,7 +397,7 @@ def test_by_depth_a_line_is_a_norm_and_a_row_an_epoch(tmp_path, quantity, values
 
 
 def test_gradients_of_weights_and_of_norms_have_rows_of_their_own(tmp_path):
-    axes = layers.gradients(write_runs(tmp_path))
+    axes = analysis.gradients(write_runs(tmp_path))
     kinds = ["gradient norm, weights"] * 2 + ["gradient norm, norms"] * 2
     assert [line[0].get_ylabel().splitlines()[0] for line in axes] == kinds
     assert drawn(axes[2, 0], 0) == ([1, 2, 3], [5.0] * 3)
@@ -404,7 +405,7 @@ def test_gradients_of_weights_and_of_norms_have_rows_of_their_own(tmp_path):
 
 
 def test_noise_stands_beside_independent_images_and_rings_a_norms_own_size(tmp_path):
-    axes = layers.noise(write_runs(tmp_path))
+    axes = analysis.noise(write_runs(tmp_path))
     reference, first, median, ring, *_ = (drawn(axes[0, 1], number) for number in range(len(axes[0, 1].lines)))
     assert reference == ([1, 2, 4], [1.0, 0.5, 0.25])
     assert first == ([1, 2, 4], [1.5, 0.75, 0.375])
@@ -424,7 +425,7 @@ def test_numbers_that_are_all_null_are_drawn_as_nothing(tmp_path):
     names = ("num_images", "layers", "norm_batch_sizes")
     nothing = {key: value if key in names else empty(value) for key, value in made_up(1.0).items()}
     write_run(tmp_path, "bn", 2, history_keys={"diagnostics": nothing}, num_epochs=2)
-    for _, axes in layers.draw(table.curves(tmp_path)).values():
+    for _, axes in analysis.draw(table.curves(tmp_path)).values():
         axes[0, 0].figure.canvas.draw()
 
 
@@ -435,7 +436,7 @@ def test_as_commands_seeds_as_one_network_are_measured(gnbench, tmp_path):
     done = gnbench(*words.split(), *tiny.split())
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 seeds as one network" in done.stdout
-    tidy = layers.tabulate(table.curves(tmp_path / "out"))
+    tidy = analysis.tabulate(table.curves(tmp_path / "out"))
     assert set(tidy["norm"]) == {"bn", "none"}
     assert tidy.groupby("run")["layer"].nunique().tolist() == [7 + 8] * 4
     assert tidy.loc[tidy["norm"] == "bn", "value"].notna().all()
@@ -444,14 +445,14 @@ def test_as_commands_seeds_as_one_network_are_measured(gnbench, tmp_path):
 def test_the_report_has_the_table_and_the_figures(tmp_path):
     write_run(tmp_path, "bn", 2, history_keys={"diagnostics": made_up(1.0)}, num_epochs=2)
     paths, _ = write_report([tmp_path], tmp_path)
-    names = {f"{name}.{kind}" for name in layers.draw(table.curves(tmp_path)) for kind in ("svg", "png")}
+    names = {f"{name}.{kind}" for name in analysis.draw(table.curves(tmp_path)) for kind in ("svg", "png")}
     assert names | {"diagnostics.csv"} <= {path.name for path in paths}
-    assert list(pd.read_csv(tmp_path / "diagnostics.csv")) == [*layers.RUN, *layers.LAYER]
+    assert list(pd.read_csv(tmp_path / "diagnostics.csv")) == [*analysis.RUN, *analysis.LAYER]
     assert "Stable rank of activations by depth" in (tmp_path / "report.html").read_text()
 
 
 def test_runs_without_diagnostics_have_neither_table_nor_figures(tmp_path):
     write_run(tmp_path, "bn", 32)
-    assert not layers.has_layers(table.curves(tmp_path))
+    assert not analysis.has_diagnostics(table.curves(tmp_path))
     paths, _ = write_report([tmp_path], tmp_path)
     assert not {"diagnostics.csv", "noise.svg"} & {path.name for path in paths}

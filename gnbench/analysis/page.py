@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from gnbench.analysis import cost, diagnosis, figures, layers, statistics, table
+from gnbench.analysis import behind_errors, cost, diagnostics, figures, statistics, table
 from gnbench.analysis.claims import NOT_TESTED, claims
 from gnbench.configs import choices, describe_norm
 from gnbench.record import TOGETHER, write_atomic
@@ -121,8 +121,8 @@ def make_tables(
         "claims": claims(frame, margin),
         "cost": costs.reindex(columns=cost.COLUMNS),
     }
-    if layers.has_layers(curves_frame):
-        tables["diagnostics"] = layers.tabulate(curves_frame)
+    if diagnostics.has_diagnostics(curves_frame):
+        tables["diagnostics"] = diagnostics.tabulate(curves_frame)
     return tables
 
 
@@ -147,17 +147,17 @@ def draw_figures(
             drawn["curves_by_batch_size"] = ("Test error per epoch at every batch size", axes[0].figure)
     if table.find_groups(frame) is not None:
         drawn["groups"] = ("Test error against the groups of GN", figures.error_vs_groups(frame)[0].figure)
-    if diagnosis.has_statistics(frame):
-        axes = diagnosis.error_by_statistics(frame, x=table.find_axes(frame)[-1])
+    if behind_errors.has_statistics(frame):
+        axes = behind_errors.error_by_statistics(frame, x=table.find_axes(frame)[-1])
         drawn["error_by_statistics"] = ("Test error under each choice of statistics", axes[0].figure)
-    if diagnosis.has_learning_rates(frame):
-        axes = diagnosis.error_vs_learning_rate(frame)
+    if behind_errors.has_learning_rates(frame):
+        axes = behind_errors.error_vs_learning_rate(frame)
         drawn["error_vs_learning_rate"] = ("Held-out error against learning rate", axes[0].figure)
     if "response_percentiles" in curves_frame:
-        axes = diagnosis.responses(curves_frame)
+        axes = behind_errors.responses(curves_frame)
         drawn["responses"] = ("Responses of the last layer per epoch", axes[0].figure)
-    if layers.has_layers(curves_frame):
-        drawn |= {name: (title, axes[0, 0].figure) for name, (title, axes) in layers.draw(curves_frame).items()}
+    if diagnostics.has_diagnostics(curves_frame):
+        drawn |= {name: (title, axes[0, 0].figure) for name, (title, axes) in diagnostics.draw(curves_frame).items()}
     return drawn
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from gnbench.analysis import figures
 from gnbench.analysis.statistics import name_gaps, summarize
 from gnbench.analysis.table import label_norm, place_cells, slice_axis
+from gnbench.record import PERCENTILES
 
 STATISTICS = {  # columns of a frame, and how they are drawn
     "test_error_ema": ("test, running averages", {"color": "#0072B2", "marker": "o", "linestyle": "-"}),
@@ -30,7 +31,6 @@ PARTS = {  # of test error (EMA) - training error, each a difference of columns,
     "train/test inconsistency": ("test_error_precise", "test_error_batch", STATISTICS["test_error_precise"][1]),
     "lag of running averages": ("test_error_ema", "test_error_precise", STATISTICS["test_error_ema"][1]),
 }
-PERCENTILES = (1, 20, 80, 99)
 
 
 def has_statistics(frame: pd.DataFrame) -> bool:

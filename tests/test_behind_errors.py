@@ -6,7 +6,7 @@ import pytest
 from matplotlib.markers import CARETDOWN
 from synthetic import write_run
 
-from gnbench.analysis import diagnosis, figures, table
+from gnbench.analysis import behind_errors, figures, table
 from gnbench.analysis.page import write_report
 
 ERRORS = {  # NBS: (training error, mini-batch, population, running averages), percent
@@ -40,8 +40,8 @@ def lines(ax) -> list[tuple[list, list]]:
 
 def test_each_choice_of_statistics_has_its_line_and_the_parts_sum_to_the_error(tmp_path):
     frame = write_statistics(tmp_path)
-    assert diagnosis.has_statistics(frame)
-    above, below = diagnosis.error_by_statistics(frame)
+    assert behind_errors.has_statistics(frame)
+    above, below = behind_errors.error_by_statistics(frame)
     sizes = [2.0, 8.0, 32.0]
     half = 0.5  # the mean of seeds 0 and 1
     ema, precise, batch, train, frozen = lines(above)
@@ -63,7 +63,7 @@ def test_each_norm_that_keeps_statistics_has_its_panels_and_no_other(tmp_path):
             tmp_path, "my_norm", 128, 0, norm_batch_size=size, norm_keys={"norm_batch_size": size}, test_error=ema,
             train_error=train, result={"test_error_by_statistics": by_statistics},
         )  # fmt: skip
-    axes = diagnosis.error_by_statistics(table.load(tmp_path))
+    axes = behind_errors.error_by_statistics(table.load(tmp_path))
     assert [ax.get_title() for ax in axes] == ["BN", "", "my_norm", ""]
     own, others = lines(axes[2]), lines(axes[0])
     assert own[0] == ([2.0, 8.0, 32.0], [45.5, 35.5, 33.5])
@@ -82,7 +82,7 @@ def test_many_norms_with_statistics_stand_in_a_grid(tmp_path):
                 tmp_path, f"norm{number}", 32, norm_batch_size=size, norm_keys={"norm_batch_size": size},
                 test_error=20, result={"test_error_by_statistics": by_statistics},
             )  # fmt: skip
-    axes = diagnosis.error_by_statistics(table.load(tmp_path))
+    axes = behind_errors.error_by_statistics(table.load(tmp_path))
     axes[0].figure.draw_without_rendering()
     corners = [(round(ax.get_position().x0, 3), round(ax.get_position().y0, 3)) for ax in axes]
     assert len(set(corners)) == len(axes) == len(axes[0].figure.axes) == 14
@@ -97,8 +97,8 @@ def test_a_norm_without_norm_batches_has_its_statistics_over_the_batch_size(tmp_
             tmp_path, "my_norm", batch_size, test_error=20, result={"test_error_by_statistics": by_statistics}
         )  # fmt: skip
     frame = table.load(tmp_path)
-    assert diagnosis.has_statistics(frame)
-    above, _ = diagnosis.error_by_statistics(frame, x="batch_size")
+    assert behind_errors.has_statistics(frame)
+    above, _ = behind_errors.error_by_statistics(frame, x="batch_size")
     assert lines(above)[0] == ([2.0, 32.0], [20.0, 20.0])
 
 
@@ -110,7 +110,7 @@ def test_statistics_of_one_place_stand_beside_one_another_between_0_and_100(tmp_
                 tmp_path, "bn", 32, seed, norm_batch_size=size, test_error=20, train_error=2.0 + 2 * seed,
                 result={"test_error_by_statistics": by_statistics},
             )  # fmt: skip
-    above, below = diagnosis.error_by_statistics(table.load(tmp_path))
+    above, below = behind_errors.error_by_statistics(table.load(tmp_path))
     above.figure.draw_without_rendering()
     assert above.get_ylim()[0] == 0
     starts = np.sort([above.transData.transform((c.lines[0].get_xdata()[0], 1))[0] for c in above.containers])
@@ -125,8 +125,8 @@ def test_runs_without_a_choice_have_no_such_figure(tmp_path):
     write_run(tmp_path, "gn", 32)
     write_run(tmp_path, "bn", 32)
     frame = table.load(tmp_path)
-    assert not diagnosis.has_statistics(frame)
-    assert not diagnosis.has_learning_rates(frame)
+    assert not behind_errors.has_statistics(frame)
+    assert not behind_errors.has_learning_rates(frame)
 
 
 def test_responses_are_means_over_seeds_in_a_panel_a_norm(tmp_path):
@@ -134,7 +134,7 @@ def test_responses_are_means_over_seeds_in_a_panel_a_norm(tmp_path):
         for seed in (0, 1):
             percentiles = [-scale, 0.0, scale + seed, 3 * scale + seed]
             write_run(tmp_path, norm, 32, seed, history_keys={"response_percentiles": percentiles}, num_epochs=3)
-    axes = diagnosis.responses(table.curves(tmp_path))
+    axes = behind_errors.responses(table.curves(tmp_path))
     assert [ax.get_title() for ax in axes] == ["BN", "GN"]
     for ax, scale in zip(axes, (1.0, 2.0), strict=True):
         drawn = [list(line.get_ydata()) for line in ax.lines]
@@ -147,8 +147,8 @@ def test_learning_rates_ring_the_least_held_out_error_and_cross_what_diverged(tm
         write_run(tmp_path, "bn", 32, base_lr=base_lr, result={"val_error": val_error})
     write_run(tmp_path, "bn", 32, base_lr=0.4, status="diverged", cause="not finite")
     frame = table.load(tmp_path)
-    assert diagnosis.has_learning_rates(frame)
-    (ax,) = diagnosis.error_vs_learning_rate(frame)
+    assert behind_errors.has_learning_rates(frame)
+    (ax,) = behind_errors.error_vs_learning_rate(frame)
     mean, ring, cross = ax.lines
     assert list(mean.get_xdata()) == [0.05, 0.1, 0.2]
     assert list(mean.get_ydata()) == [30.0, 20.0, 25.0]
@@ -159,7 +159,7 @@ def test_learning_rates_ring_the_least_held_out_error_and_cross_what_diverged(tm
 def test_axes_that_are_given_are_drawn_on(tmp_path):
     frame = write_statistics(tmp_path)
     given = matplotlib.figure.Figure().subplots(1, 2)
-    assert list(diagnosis.error_by_statistics(frame, given)) == list(given)
+    assert list(behind_errors.error_by_statistics(frame, given)) == list(given)
 
 
 def test_the_report_draws_what_the_runs_have(tmp_path):

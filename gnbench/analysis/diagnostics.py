@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from gnbench.analysis import figures
 from gnbench.analysis.statistics import name_gaps
 from gnbench.analysis.table import find_axes, place_cells, slice_axis
+from gnbench.record import PERCENTILES
 
-PERCENTILES = (1, 20, 80, 99)
 RUN = ("run", "norm", "label", "batch_size", "norm_batch_size", "seed", "epoch")  # of a number: whose it is
 LAYER = ("layer", "depth", "quantity", "images", "value")  # and what
 LABELS = {
@@ -47,7 +47,7 @@ NOTES = {
 }
 
 
-def has_layers(frame: pd.DataFrame) -> bool:
+def has_diagnostics(frame: pd.DataFrame) -> bool:
     """Whether a frame of `table.curves` has runs with diagnostics."""
     return "diagnostics" in frame and bool(frame["diagnostics"].notna().any())
 
@@ -156,7 +156,7 @@ def noise(frame: pd.DataFrame) -> np.ndarray:
 
 
 def draw(frame: pd.DataFrame) -> dict[str, tuple[str, np.ndarray]]:
-    """{file name: (title, axes)} of all figures of a frame that `has_layers`."""
+    """{file name: (title, axes)} of all figures of a frame that `has_diagnostics`."""
     return {
         "activations": ("Activations by depth", activations(frame)),
         "sd": ("Standard deviation of activations by depth", by_depth(frame, "sd")),
