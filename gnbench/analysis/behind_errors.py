@@ -5,6 +5,7 @@ Each function takes a frame and axes (or makes them) and returns the axes, as th
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -13,19 +14,22 @@ from matplotlib.figure import Figure
 
 from gnbench.analysis import figures
 from gnbench.analysis.statistics import name_gaps, summarize
-from gnbench.analysis.table import label_norm, place_cells, slice_axis
+from gnbench.analysis.table import label_norm, one_row_a_run, place_cells, slice_axis
 from gnbench.record import PERCENTILES
 
 STATISTICS = {  # columns of a frame, and how they are drawn
-    "test_error_ema": ("test, running averages", {"color": "#0072B2", "marker": "o", "linestyle": "-"}),
+    "test_error_ema": (
+        "test, running averages",
+        {"color": "#0072B2", "marker": "o", "linestyle": figures.LINESTYLES[0]},
+    ),
     "test_error_precise": (
         "test, population",
-        {"color": "#009E73", "marker": "^", "linestyle": (0, (6, 1.5, 1.2, 1.5))},
+        {"color": "#009E73", "marker": "^", "linestyle": figures.LINESTYLES[3]},
     ),
-    "test_error_batch": ("test, mini-batch", {"color": "#CC79A7", "marker": "D", "linestyle": (0, (1.2, 1.2))}),
-    "train_error": ("training, mini-batch", {"color": "#000000", "marker": "x", "linestyle": (0, (5, 1.5))}),
+    "test_error_batch": ("test, mini-batch", {"color": "#CC79A7", "marker": "D", "linestyle": figures.LINESTYLES[2]}),
+    "train_error": ("training, mini-batch", {"color": "#000000", "marker": "x", "linestyle": figures.LINESTYLES[1]}),
 }
-FROZEN = ("test, frozen at the end", {"color": "#D55E00", "marker": "s", "linestyle": (0, (3, 1, 1, 1, 1, 1))})
+FROZEN = ("test, frozen at the end", {"color": "#D55E00", "marker": "s", "linestyle": figures.LINESTYLES[4]})
 PARTS = {  # of test error (EMA) - training error, each a difference of columns, arXiv:2105.07576, section 3
     "generalization gap": ("test_error_batch", "train_error", STATISTICS["test_error_batch"][1]),
     "train/test inconsistency": ("test_error_precise", "test_error_batch", STATISTICS["test_error_precise"][1]),
@@ -133,7 +137,7 @@ def responses(frame: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequen
         ax.set_title(figures.wrap_label(label, 34))
     axes[0].set_ylabel("response before the last activation")
     note = "Percentiles over images, channels and positions, mean over seeds; each panel has its own scale."
-    runs = rows.drop_duplicates(["sweep", "run"])
+    runs = one_row_a_run(rows)
     figures.add_figure_note(axes[0].figure, [note, figures.describe_runs(runs), *name_gaps(runs)])
     return axes
 
@@ -160,9 +164,8 @@ def error_vs_learning_rate(frame: pd.DataFrame, axes: Sequence[Axes] | None = No
         for norm in norms:
             own = frame[(frame["batch_size"] == size) & (frame["norm"] == norm)]
             style = figures.style_norm(norm)
-            line = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle}
             mean = own[own["status"] == "done"].groupby("base_lr")["val_error"].mean().sort_index()
-            ax.plot(mean.index, mean, **line)
+            ax.plot(mean.index, mean, **asdict(style))
             lost = sorted(own.loc[own["status"] == "diverged", "base_lr"].unique())
             legal = mean.drop(lost, errors="ignore")
             if len(legal):
@@ -175,12 +178,7 @@ def error_vs_learning_rate(frame: pd.DataFrame, axes: Sequence[Axes] | None = No
         ax.minorticks_off()
         ax.set(title=f"batch size {size}", xlabel="base learning rate")
     axes[0].set_ylabel("held-out error after the last epoch (%)")
-    styles = {norm: figures.style_norm(norm) for norm in norms}
-    handles = [
-        (label_norm(norm), {"color": style.color, "marker": style.marker, "linestyle": style.linestyle})
-        for norm, style in styles.items()
-    ]
-    figures.add_legend(axes[-1], handles)
+    figures.add_legend(axes[-1], [(label_norm(norm), asdict(figures.style_norm(norm))) for norm in norms])
     note = "Mean over seeds; ringed: the least, which sweep=tuned takes; crosses: a run diverged."
     figures.add_figure_note(axes[0].figure, [note, figures.describe_runs(frame), *name_gaps(frame)])
     return axes

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from gnbench.analysis import figures
 from gnbench.analysis.statistics import name_gaps
-from gnbench.analysis.table import find_axes, place_cells, slice_axis
+from gnbench.analysis.table import find_axes, one_row_a_run, place_cells, slice_axis
 from gnbench.record import PERCENTILES
 
 RUN = ("run", "norm", "label", "batch_size", "norm_batch_size", "seed", "epoch")  # of a number: whose it is
@@ -191,7 +191,7 @@ def _lay_out(frame: pd.DataFrame) -> _Layout:
     ] or [("", tabulate(kept))]
     hidden = [str(size) for size in sizes if size not in chosen]
     more = f"Not shown: {figures.name_axis(x)} {', '.join(hidden)}" if hidden else ""
-    every = frame.drop_duplicates(["sweep", "run"])
+    every = one_row_a_run(frame)
     return _Layout(kept, columns, [MEANS, figures.describe_runs(every, x), left_out, more, *name_gaps(every)])
 
 

@@ -14,7 +14,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -28,7 +28,7 @@ from matplotlib.markers import CARETDOWN, CARETUP
 from matplotlib.ticker import MaxNLocator
 
 from gnbench.analysis.statistics import name_gaps, summarize
-from gnbench.analysis.table import find_groups, label_norm, place_cells, slice_axis
+from gnbench.analysis.table import find_groups, label_norm, one_row_a_run, place_cells, slice_axis
 from gnbench.record import write_atomic
 from gnbench.words import number_of
 
@@ -283,7 +283,7 @@ def curves(
         ax.set_ylabel(AXIS_LABELS.get(column, column))
     add_legend(axes[-1], [(label, styles[label]) for label in labels])
     notes = [*describe_curves(rows, columns, is_cropped), describe_runs(rows), left_out]
-    notes += name_gaps(_one_row_a_run(rows))
+    notes += name_gaps(one_row_a_run(rows))
     add_figure_note(axes[0].figure, notes)
     return axes
 
@@ -319,7 +319,7 @@ def curves_by_batch_size(
     last = axes[min(len(labels), MOST_COLUMNS) - 1]
     add_legend(last, [(str(size), lines[size]) for size in sizes], title="batch size")
     notes = [*describe_curves(rows, [column], is_cropped), describe_runs(rows), left_out]
-    notes += name_gaps(_one_row_a_run(frame))
+    notes += name_gaps(one_row_a_run(frame))
     add_figure_note(axes[0].figure, notes)
     return axes
 
@@ -348,8 +348,7 @@ def error_vs_groups(
         own = rows[(rows["norm"] == "gn") & rows[key].notna()]
         drawn = pd.concat([own, extreme_rows.assign(**{key: 1})])
         for norm in drawn["norm"].unique():
-            style = style_norm(norm)
-            line = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle}
+            line = asdict(style_norm(norm))
             cells = summarize(drawn[drawn["norm"] == norm])
             _draw_cells(ax, cells.assign(x=cells[key].astype(float)), drawn, line, aside=-0.13)
             handles[label_norm(norm)] = line
@@ -539,10 +538,6 @@ def save(figure: Figure, *paths: Path | str) -> None:
         with mpl.rc_context({**STYLE, "svg.hashsalt": "gnbench"}):
             figure.savefig(content, format=kind, dpi=200, metadata=metadata)
         write_atomic(path, content.getvalue())
-
-
-def _one_row_a_run(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.drop_duplicates(["sweep", "run"])
 
 
 def _draw_cells(ax: Axes, cells: pd.DataFrame, frame: pd.DataFrame, line: dict, aside: float) -> None:

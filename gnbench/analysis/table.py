@@ -128,9 +128,14 @@ def slice_axis(frame: pd.DataFrame, x: str) -> tuple[pd.DataFrame, str]:
         off, size = [], max(counts[counts == counts.max()].index)
         sizes, held, plain = [size], f"batch_size = {size}", True
     stays = frame["batch_size"].isin(sizes) & ~frame.index.isin(off)
-    left_out = len(frame.loc[frame["batch_size"].notna() & ~stays, ["sweep", "run"]].drop_duplicates())
+    left_out = len(one_row_a_run(frame[frame["batch_size"].notna() & ~stays]))
     more = f"; runs of other sizes are in the table: {left_out}" if left_out else ""
     return frame[stays], "" if plain and not left_out else f"Shown: {held}{more}."
+
+
+def one_row_a_run(frame: pd.DataFrame) -> pd.DataFrame:
+    """The first row of each run of a frame that has several, as that of `curves`."""
+    return frame.drop_duplicates(["sweep", "run"])
 
 
 def count_norm_batches(frame: pd.DataFrame) -> float:
