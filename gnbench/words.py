@@ -53,29 +53,33 @@ def _size(config: dict) -> int | None:
     return config.get("batch_size")
 
 
-def _tell_apart(configs: Sequence[dict], names: Sequence[str], **keys: list[str]) -> list[list[str]]:
-    """The words that tell each config from the others of its name."""
+def _tell_apart(
+    configs: Sequence[dict], names: Sequence[str], known: Sequence[str] = (), first: Sequence[str] = ()
+) -> list[list[str]]:
+    """The words that tell each config from the others of its name, the keys `first` before all others."""
     flat = [dict(leaves(config)) for config in configs]
     rivals: dict[str, list[dict]] = {}
     for name, config in zip(names, flat, strict=True):
         rivals.setdefault(name, []).append(config)
-    kept = {name: _distinguish(group, **keys) for name, group in rivals.items()}
+    kept = {}
+    for name, group in rivals.items():
+        others = dict.fromkeys(key for config in group for key in config if not _is_told_elsewhere(key))
+        kept[name] = distinguish(group, [*first, *others], known)
     return [[_tell(key, config.get(key)) for key in kept[name]] for name, config in zip(names, flat, strict=True)]
 
 
-def _distinguish(configs: list[dict], known: Sequence[str] = (), first: Sequence[str] = ()) -> list[str]:
-    """The keys needed to tell configs apart; one that only repeats what earlier ones say is left out.
+def distinguish(rows: Sequence[dict], keys: Sequence[str], known: Sequence[str] = ()) -> list[str]:
+    """Those of `keys` that are needed to tell rows apart; one that only repeats what earlier ones say is left out.
 
     Args:
         known: keys that are told anyway.
-        first: keys that come before the others, in which the number of images is told elsewhere.
     """
 
     def count(keys: Sequence[str]) -> int:
-        return len({repr([config.get(key) for key in keys]) for config in configs})
+        return len({repr([row.get(key) for key in keys]) for row in rows})
 
-    kept, others = list(known), dict.fromkeys(key for config in configs for key in config)
-    for key in (*first, *(key for key in others if not _is_told_elsewhere(key))):
+    kept = list(known)
+    for key in keys:
         if count([*kept, key]) > count(kept):
             kept.append(key)
     return kept[len(known) :]

@@ -10,6 +10,7 @@ import pandas as pd
 
 from gnbench.errors import UserError
 from gnbench.record import NOT_IDENTITY, WRONG_KIND, find_runs, is_number, load_record, name_wrong_kind
+from gnbench.words import distinguish
 
 REFERENCE = Path(__file__).with_name("reference.csv")
 NORM_LABELS = {  # in the order of every table
@@ -379,7 +380,7 @@ def _label(frame: pd.DataFrame) -> pd.DataFrame:
     frame[["variant", "setting", "label"]] = ""
     readable = frame[frame["status"] != "unreadable"]
     for norm, rows in readable.groupby("norm"):
-        keys = _distinguish(rows, norm_columns(frame))
+        keys = _find_varied(rows, norm_columns(frame))
         if set(keys) & set(SHORT):  # a run gives one of the two and leaves the other empty
             keys = list(dict.fromkeys([*SHORT, *keys]))
         variants, parts = _describe(rows, keys, {}), _describe(rows, keys, SHORT)
@@ -402,7 +403,7 @@ def _setting_keys(frame: pd.DataFrame) -> list[str]:
     of_batch = frame[frame["norm_batch_size"].notna()]  # other norms' runs have a default here that says nothing
     alike = [key for key in OF_STATISTICS if key in frame and of_batch[key].map(write_value).nunique() == 1]
     left_out = (*TUNED, *alike)
-    kept = _distinguish(frame, [key for key in (*first, *others) if not _is_how(key) and key not in left_out])
+    kept = _find_varied(frame, [key for key in (*first, *others) if not _is_how(key) and key not in left_out])
     texts = {key: frame[key].map(write_value) for key in kept}
     points = frame.assign(**texts).groupby(["variant", *AXES, *kept], dropna=False)
     for key in TUNED:
@@ -411,14 +412,9 @@ def _setting_keys(frame: pd.DataFrame) -> list[str]:
     return kept
 
 
-def _distinguish(frame: pd.DataFrame, keys: list[str]) -> list[str]:
-    """The keys needed to tell the frame's configs apart; one that only repeats what earlier ones say is left out."""
-    kept, parts = [], 1
-    for key in keys:
-        count = len(frame[[*kept, key]].map(write_value).drop_duplicates())
-        if count > parts:
-            kept, parts = [*kept, key], count
-    return kept
+def _find_varied(frame: pd.DataFrame, keys: list[str]) -> list[str]:
+    """The keys needed to tell the frame's configs apart."""
+    return distinguish(frame[keys].map(write_value).to_dict("records"), keys)
 
 
 def _describe(frame: pd.DataFrame, keys: list[str], short: dict) -> list[str]:
