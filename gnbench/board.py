@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gnbench.errors import UserError
-from gnbench.record import cannot_write
+from gnbench.files import cannot_write
 
 DIRECTORY = "tensorboard"
 SCALARS = {  # of TensorBoard, each with its key in a row of the history

@@ -10,8 +10,8 @@ import torch
 
 from gnbench.crash import crash_at
 from gnbench.errors import UserError
-from gnbench.files import seal, unseal
-from gnbench.record import CHECKPOINTS, PROGRESS, cannot_write, set_aside, write_atomic
+from gnbench.files import cannot_write, seal, set_aside, unseal, write_atomic
+from gnbench.record import CHECKPOINTS, PROGRESS
 
 log = logging.getLogger(__name__)
 CURRENT, PREVIOUS = CHECKPOINTS

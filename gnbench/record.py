@@ -4,20 +4,14 @@ Standard library only, so that either half can read a record without the other's
 file a run, written aside, flushed and renamed; it carries a SHA-256 of its own content, which every load checks.
 """
 
-import contextlib
-import errno
 import hashlib
-import itertools
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gnbench.crash import crash_at
 from gnbench.errors import UserError
+from gnbench.files import PART, write_atomic
 
 SCHEMA = 1  # of the record and of what a digest covers; a change of either starts a new number
 RECORD = "record.json"
@@ -29,9 +23,7 @@ STATUSES = ("running", "done", "diverged", "failed", "interrupted")
 FINISHED = ("done", "diverged")  # statuses that a second start leaves alone: both are results
 TOGETHER = "as one network"  # in `environment.engine` of a run that was not trained by itself
 PERCENTILES = (1, 20, 80, 99)  # of responses and activations, as arXiv:1803.08494, Figure 6
-PART = ".part"  # ends the name of a file that is still being written
 WRONG_KIND = (TypeError, KeyError, AttributeError, ValueError, OverflowError)  # what strange values make a reader raise
-CORRUPT = ".corrupt"  # ends the name of a file that failed its checksum and is kept as evidence
 
 # What decides how or where a run is executed, not what is trained. `device` and `engine` belong here although they
 # change the last bits of the numbers: a sweep begun in one way may end in another, and the record says how a run ended.
@@ -118,76 +110,10 @@ def leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key}", value
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: written beside it, flushed to the disk, then renamed.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written; what stood at `path` is untouched.
-    """
-    temporary = None
-    half = len(content) // 2
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PART, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content[:half])
-            crash_at(f"{path.name}.half")
-            file.write(content[half:])
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        crash_at(f"{path.name}.written")
-        os.replace(temporary, path)
-        crash_at(f"{path.name}.renamed")
-        _sync_directory(path.parent)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: OSError | NotImplementedError) -> UserError:
-    """The sentence for a file or directory that could not be written: its path, why, and the space if that is why."""
-    lacks_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    space = _free_space(path) if lacks_space else ""
-    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}{space}")
-
-
-def check_place(directory: Path) -> None:
-    """Try whether a directory of runs can be written, or be made where it is not there; nothing is left behind.
-
-    Raises:
-        UserError: it cannot.
-    """
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise UserError(f"results={directory} cannot be written: {error.strerror}") from error
-
-
 def delete_parts(directory: Path) -> None:
     """Remove what a process that was killed has left half-written or untrue. The caller holds the directory's lock."""
     for path in (*directory.glob(f".*{PART}"), directory / PROGRESS):
         path.unlink(missing_ok=True)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a file that failed its checksum, so that it is evidence and in nobody's way; returns its new place.
-
-    Raises:
-        UserError: it cannot be renamed.
-    """
-    names = (path.with_name(f"{path.name}{CORRUPT}{number or ''}") for number in itertools.count())
-    place = next(name for name in names if not name.exists())
-    try:
-        return path.rename(place)
-    except OSError as error:
-        raise cannot_write(place, error) from error
 
 
 def _drop_none(value: object) -> object:
@@ -198,27 +124,3 @@ def _drop_none(value: object) -> object:
 
 def _canonical(content: object) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power cut, where the system can flush a directory."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(directory, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _free_space(path: Path) -> str:
-    """Of the disk of the nearest directory above `path` that exists."""
-    for directory in path.absolute().parents:
-        with contextlib.suppress(OSError):
-            return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free)"
-    return ""

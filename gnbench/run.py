@@ -25,22 +25,12 @@ from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
 from gnbench.engine import check_engine, make_engine
 from gnbench.errors import UserError
+from gnbench.files import CORRUPT, cannot_write, check_place, set_aside
 from gnbench.lock import held
 from gnbench.machine import choose_device, describe_environment, set_arithmetic
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe
 from gnbench.progress import Teller
-from gnbench.record import (
-    CHECKPOINTS,
-    CORRUPT,
-    LOCK,
-    RECORD,
-    cannot_write,
-    check_place,
-    delete_parts,
-    load_record,
-    save_record,
-    set_aside,
-)
+from gnbench.record import CHECKPOINTS, LOCK, RECORD, delete_parts, load_record, save_record
 from gnbench.run_log import logging_to
 from gnbench.train import Diverged, Engine, Training, summarize, train
 from gnbench.trial import check_batches, check_norm

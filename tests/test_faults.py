@@ -23,7 +23,8 @@ from test_cli import TINY, records, start, wait_for
 from gnbench import run as run_module
 from gnbench.checkpoint import CURRENT, PREVIOUS, load_checkpoints, save_checkpoint
 from gnbench.errors import UserError
-from gnbench.record import CORRUPT, LOG, RECORD, load_record, save_record
+from gnbench.files import CORRUPT
+from gnbench.record import LOG, RECORD, load_record, save_record
 from gnbench.run import Interrupted, execute
 
 EXACT = ("step:7", "epoch:1", "rotated:2", "record.json.half:2", "checkpoint.pt.half:2", "checkpoint.pt.renamed:1")

@@ -395,7 +395,7 @@ def test_disk_that_takes_no_more_is_one_sentence(folder, load, tmp_path):
 
 def test_cache_below_a_file_is_one_sentence(load, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write in .*file/image_folder"):
+    with pytest.raises(UserError, match=r"cannot write .*file/image_folder"):
         load(cache=tmp_path / "file")
 
 

@@ -422,7 +422,7 @@ def test_illegal_url_is_refused_at_once(run_command, pauses, url):
 
 def test_root_that_cannot_be_written_is_one_sentence(run_command, root):
     root.write_text("a file")
-    assert_refused(run_command(), f"cannot write in {root}")
+    assert_refused(run_command(), f"cannot write {root}")
 
 
 def test_interrupted_command_keeps_what_came(run_command, root, server, monkeypatch):

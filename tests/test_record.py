@@ -10,9 +10,10 @@ from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gnbench import record as record_module
+from gnbench import files
 from gnbench.errors import UserError
-from gnbench.record import NOT_IDENTITY, digest, find_runs, load_record, run_name, save_record, write_atomic
+from gnbench.files import write_atomic
+from gnbench.record import NOT_IDENTITY, digest, find_runs, load_record, run_name, save_record
 
 RECORD = {"run": "x", "status": "done", "config": {"seed": 1}, "history": [{"epoch": 1, "test_error": 12.5}]}
 
@@ -85,7 +86,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(record_module.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*record.json: No space left on device \(\d+ MiB free\)"):
         save_record(path, {**RECORD, "status": "failed"})
     assert path.read_bytes() == before

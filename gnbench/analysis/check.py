@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gnbench.errors import UserError
-from gnbench.files import unseal
+from gnbench.files import CORRUPT, PART, unseal
 from gnbench.lock import is_held
 from gnbench.record import (
     CHECKPOINTS,
-    CORRUPT,
     FINISHED,
     LOG,
-    PART,
     RECORD,
     STATUSES,
     WRONG_KIND,

@@ -29,7 +29,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gnbench.analysis.statistics import name_gaps, summarize
 from gnbench.analysis.table import find_groups, label_norm, one_row_a_run, place_cells, slice_axis
-from gnbench.record import write_atomic
+from gnbench.files import write_atomic
 from gnbench.words import number_of
 
 STYLE = {

@@ -12,7 +12,8 @@ import pandas as pd
 from gnbench.analysis import behind_errors, cost, diagnostics, figures, statistics, table
 from gnbench.analysis.claims import NOT_TESTED, claims
 from gnbench.configs import choices, describe_norm
-from gnbench.record import TOGETHER, write_atomic
+from gnbench.files import write_atomic
+from gnbench.record import TOGETHER
 from gnbench.words import has_value, number_of
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

@@ -21,6 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from gnbench.errors import UserError
+from gnbench.files import cannot_write
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 META = "meta.json"
@@ -87,7 +88,7 @@ def save_images(images: Images, directory: Path) -> None:
         aside.rename(directory)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
+        raise cannot_write(directory, error) from error
 
 
 @contextlib.contextmanager
@@ -142,7 +143,7 @@ def lock(directory: Path) -> Iterator[None]:
             log.warning("waiting for another process that is preparing %s", directory)
             file_lock.acquire()
     except OSError as error:
-        raise UserError(f"cannot write in {directory.parent}: {error.strerror or error}") from error
+        raise cannot_write(directory.parent, error) from error
     try:
         yield
     finally:

@@ -11,13 +11,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from gnbench.console import as_command
 from gnbench.datasets import Images, lock, open_images, save_images
 from gnbench.datasets.cifar import ARCHIVES, check_archive, data_root, prepared_directory, unpack_archive
 from gnbench.errors import UserError
+from gnbench.files import PART, set_aside
 
 CHUNK = 2**16  # bytes read at once from a server
 GZIP = b"\x1f\x8b"  # the first bytes of every .gz file
@@ -74,7 +77,7 @@ def obtain_archive(name: str, path: Path, url: str, timeout_s: float, retries: i
             return
         except UserError as error:
             tell(f"{error}; kept as {set_aside(path)}, fetching it again")
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}{PART}")
     fetch(url, part, timeout_s, retries)
     try:
         check_archive(name, part)
@@ -162,18 +165,17 @@ def is_final(error: Exception) -> bool:
 
 
 def size_of(path: Path) -> int:
+    """The bytes of a file; 0 where it is not there."""
     return path.stat().st_size if path.exists() else 0
 
 
-def set_aside(path: Path) -> Path:
-    return path.replace(path.with_name(f"{path.name}.corrupt"))
-
-
 def tell(message: str) -> None:
+    """Print a line to standard error at once."""
     print(message, file=sys.stderr, flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+@as_command
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 where the user can mend it (one sentence on stderr), 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(prog="prepare_data", description="Fetch, check and prepare a data set, once.")
     parser.add_argument("name", choices=ARCHIVES, help="the data set")
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         tell("prepare_data: interrupted; run again to continue")
-        return 130
+        raise
     sizes = f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
     print(
         f"{args.name} is ready in {prepared_directory(args.name, args.root)}: {sizes} of {len(images.classes)} classes"
