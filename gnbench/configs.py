@@ -39,10 +39,17 @@ def describe_norm(name: str) -> dict[str, str]:
 
     `description`; `source`, an arXiv id or nothing; `depends_on`, what an output depends on besides its own input;
     `parameters`, how many a layer of C channels has.
+
+    Raises:
+        UserError: the second line does not say it.
     """
-    title, facts, *_ = (CONFIGS / "norm" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    path = CONFIGS / "norm" / f"{name}.yaml"
+    title, facts = [*path.read_text(encoding="utf-8").splitlines(), "", ""][:2]
     source = re.search(r", (arXiv:[\w.]+)", title)
-    depends_on, parameters = re.fullmatch(r"# depends on: (.*); parameters: (.*)", facts).groups()
+    told = re.fullmatch(r"# depends on: (.*); parameters: (.*)", facts)
+    if told is None:
+        raise UserError(f"{path} lacks its second line, '# depends on: ...; parameters: ...'")
+    depends_on, parameters = told.groups()
     return {
         "description": title.removeprefix("# ").replace(source[0] if source else "", "", 1),
         "source": source[1] if source else "",

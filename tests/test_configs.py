@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from dataclasses import fields
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from conftest import ROOT, compose_config, tiny_config
 from omegaconf import OmegaConf
 
+from gnbench import configs
 from gnbench.configs import CONFIGS, choices, load_group, partial
+from gnbench.errors import UserError
 from gnbench.plan import SPLIT_KEYS, plan_run
 from gnbench.recipe import Recipe
 from gnbench.schema import Config
@@ -104,6 +107,16 @@ def find_items(tree: ast.AST) -> set[str]:
         arg for node in calls for arg in node.args
     ]
     return {item.value for item in items if isinstance(item, ast.Constant) and isinstance(item.value, str)}
+
+
+def test_a_norm_without_its_line_of_facts_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "CONFIGS", tmp_path)
+    path = tmp_path / "norm" / "mine.yaml"
+    path.parent.mkdir()
+    for text in ("", "# Mine\n", "# Mine\n_target_: mine.Norm\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"{re.escape(str(path))} lacks its second line, '# depends on: "):
+            configs.describe_norm("mine")
 
 
 def test_group_norms_groups_give_way_to_channels_per_group():

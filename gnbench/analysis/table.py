@@ -65,7 +65,7 @@ COSTS = (  # of a measurement, beside images_per_s, time_s and peak_memory_mb
 IDENTITY = COLUMNS[: COLUMNS.index("status")]  # what a row is, before what it measured
 
 # How a run is executed, not what is trained: these may differ inside one cell.
-NOT_CELL = ("seed", *NOT_IDENTITY, "num_threads", "engine", "data.root", "data.cache")
+NOT_CELL = ("seed", *NOT_IDENTITY, "num_threads", "data.root", "data.cache")
 # Tuned for every norm and batch size by itself: a line may join cells that differ in these, one value a point.
 TUNED = ("base_lr", "momentum", "weight_decay", "warmup_epochs")
 OF_STATISTICS = ("precise_images", "frozen_epochs")  # keys that only batch statistics notice
