@@ -216,7 +216,7 @@ def test_a_command_line_types_only_what_differs(tmp_path, capsys, typed, printed
     write_planned(tmp_path, compose_config("data=toy", *typed.split()))
     assert main([str(tmp_path), "--command"]) == 0
     words = set(shlex.split(capsys.readouterr().out))
-    assert words == {"gnbench", *printed.split(), "num_threads=1", f"results={tmp_path}"}
+    assert words == {"gnbench", *printed.split(), "num_threads=1", "device=cpu", f"results={tmp_path}"}
 
 
 def test_the_commands_of_published_runs_compose_to_them(capsys):
