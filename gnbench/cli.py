@@ -137,5 +137,3 @@ def _sentence(error: Exception) -> str:
 def _is_of_group(error: Exception) -> bool:
     """Whether Hydra was given a group's name that is no text, such as sweep=null."""
     return isinstance(error, ValueError) and str(error).startswith("Config group override must be")
-
-
