@@ -2,12 +2,14 @@
 
 import copy
 import math
+import runpy
 import statistics
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from tiny_data import load_tiny
 from torch import nn
 
@@ -91,6 +93,37 @@ def test_three_steps_are_those_of_a_naive_loop(recipe):
     ours, naive = training.model.state_dict(), model.state_dict()
     for key in naive:
         torch.testing.assert_close(ours[key], naive[key], msg=key)
+
+
+def test_a_training_is_that_of_a_plain_network_in_a_plain_loop():
+    """From the same weights, over the same batches, with tests between the epochs: scripts/plain_loop.py's network."""
+    recipe = {"epochs": 3, "schedule": "cosine", "base_lr": 0.02, "weight_decay": 5e-4}
+    made = make_training(**recipe)
+    model = gnbench.model("resnet20", norm="bn", num_classes=10)
+    training = Training(model, made.dataset, made.recipe, made.seed)
+    net = runpy.run_path(str(ROOT / "scripts" / "plain_loop.py"))["resnet20"]()
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), net.parameters(), strict=True):
+            ours.copy_(theirs)
+    history, test = finish(training).progress.history, made.dataset.test
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+    num_steps = len(made.dataset.train) // 8
+    for epoch, row in enumerate(history):
+        net.train()
+        losses = []
+        for step, (images, labels) in enumerate(train_batches(made.dataset, 8, drop_last=True, seed=0, epoch=epoch)):
+            progress = (epoch * num_steps + step) / (3 * num_steps)
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * progress))
+            loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert row["train_loss"] == pytest.approx(statistics.mean(losses), rel=1e-3)
+        net.eval()
+        with torch.no_grad():
+            logits = net(made.dataset.normalize(test.images))
+        assert row["test_loss"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-2)
 
 
 def test_weight_decay_spares_flat_parameters_when_told():

@@ -136,7 +136,8 @@ def responses(frame: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequen
         figures.set_epoch_axis(ax, mean.index.to_series())
         ax.set_title(figures.wrap_label(label, 34))
     axes[0].set_ylabel("response before the last activation")
-    note = "Percentiles over images, channels and positions, mean over seeds; each panel has its own scale."
+    mean = figures.ONE_SEED if figures.has_one_seed(rows) else "Means over seeds."
+    note = f"Percentiles over images, channels and positions; each panel has its own scale. {mean}"
     runs = one_row_a_run(rows)
     figures.add_figure_note(axes[0].figure, [note, figures.describe_runs(runs), *name_gaps(runs)])
     return axes
@@ -177,10 +178,12 @@ def error_vs_learning_rate(frame: pd.DataFrame, axes: Sequence[Axes] | None = No
         ax.set_xticks(rates, labels=[f"{rate:g}" for rate in rates], rotation=45)
         ax.minorticks_off()
         ax.set(title=f"batch size {size}", xlabel="base learning rate")
-    axes[0].set_ylabel("held-out error after the last epoch (%)")
+    axes[0].set_ylabel("held-out error (%)")
     figures.add_legend(axes[-1], [(label_norm(norm), asdict(figures.style_norm(norm))) for norm in norms])
-    note = "Mean over seeds; ringed: the least, which sweep=tuned takes; crosses: a run diverged."
-    figures.add_figure_note(axes[0].figure, [note, figures.describe_runs(frame), *name_gaps(frame)])
+    notes = ["Error after the last epoch; ringed: the least, which sweep=tuned takes."]
+    notes += [figures.ONE_SEED if figures.has_one_seed(frame) else "Means over seeds."]
+    notes += ["Crosses: a run diverged."] if (frame["status"] == "diverged").any() else []
+    figures.add_figure_note(axes[0].figure, [*notes, figures.describe_runs(frame), *name_gaps(frame)])
     return axes
 
 

@@ -34,7 +34,7 @@ MOST_EPOCHS = 3  # rows of panels, for one quantity
 MEANS = "Means over the seeds of those runs that came to the epoch"
 NOTES = {
     "activations": "Percentiles 1, 20, 80 and 99 of what norms put out in training; bands: the last epoch of a run, "
-    "black lines: the first. Where they are large, the axis is logarithmic beyond ±1",
+    "black lines: the first",
     "sd": "Of what norms put out in training, over images, positions and channels",
     "stable_rank": "||A||_F² / ||A||_2² of what norms put out in training, A of shape (images · positions, channels): "
     "1 to the number of channels",
@@ -101,16 +101,19 @@ def activations(frame: pd.DataFrame) -> np.ndarray:
     layout = _lay_out(frame)
     labels, styles = list(layout.runs["label"].unique()), figures.style_lines(frame)
     axes = _new_panels(len(labels), len(layout.columns), sharey="row")
+    has_large = False
     for line, label in zip(axes, labels, strict=True):
         for ax, (_, tidy) in zip(line, layout.columns, strict=True):
             _draw_percentiles(ax, tidy[tidy["label"] == label], styles[label]["color"])
         if np.abs(line[0].get_ylim()).max() > LARGE:
+            has_large = True
             line[0].set_yscale("symlog", linthresh=1)
             line[0].yaxis.set_major_formatter("{x:g}")
         line[0].set_ylabel(f"{label}\nactivation")
     for ax in axes[-1]:
         ax.set_xlabel("depth (norm)")
-    _finish(axes, layout, NOTES["activations"])
+    note = NOTES["activations"] + "; the axis is logarithmic beyond ±1 where they are large" * has_large
+    _finish(axes, layout, note)
     return axes
 
 
@@ -192,7 +195,8 @@ def _lay_out(frame: pd.DataFrame) -> _Layout:
     hidden = [str(size) for size in sizes if size not in chosen]
     more = f"Not shown: {figures.name_axis(x)} {', '.join(hidden)}" if hidden else ""
     every = one_row_a_run(frame)
-    return _Layout(kept, columns, [MEANS, figures.describe_runs(every, x), left_out, more, *name_gaps(every)])
+    means = figures.ONE_SEED if figures.has_one_seed(every) else MEANS
+    return _Layout(kept, columns, [means, figures.describe_runs(every, x), left_out, more, *name_gaps(every)])
 
 
 def _choose(values: list[int], most: int) -> list[int]:

@@ -73,6 +73,7 @@ MOST_COLUMNS = 5  # of panels
 MOST_LINES = 8  # in one panel that can still be told apart
 FAMILIAR = ("bn", "gn")
 CURVES_NOTE = "Bold: mean over finished runs; thin: each seed."
+ONE_SEED = "n = 1 seed."
 CROP_NOTE = "The first epochs go on beyond the upper edge."
 LEVEL_NOTE = (
     "Level, with its seeds at the end: a norm that looks at one image at a time, trained once for the whole axis."
@@ -370,9 +371,14 @@ def describe_lines(summary: pd.DataFrame) -> str:
     return f"{describe_means(summary)}{dots}.{describe_cuts(summary)}{crosses}"
 
 
+def has_one_seed(frame: pd.DataFrame) -> bool:
+    """Whether no cell has a second seed, so that a mean is the run itself."""
+    return not frame.groupby("cell")["seed"].nunique().max() > 1
+
+
 def describe_curves(frame: pd.DataFrame, columns: Sequence[str], is_cropped: bool) -> list[str]:
     """What the lines of curves are, where the axis ends early, and which column was measured at one epoch alone."""
-    notes = [CURVES_NOTE] if frame.groupby("cell")["seed"].nunique().max() > 1 else ["n = 1 seed."]
+    notes = [ONE_SEED if has_one_seed(frame) else CURVES_NOTE]
     notes += [CROP_NOTE] * is_cropped
     for column in columns:
         epochs = frame.loc[frame[column].notna(), "epoch"].unique()
@@ -569,13 +575,14 @@ def _spread(runs: pd.DataFrame) -> pd.Series:
 
 
 def _draw_level(ax: Axes, cells: pd.DataFrame, frame: pd.DataFrame, positions: Sequence[int], line: dict) -> None:
-    """One cell that holds for the whole axis: a level line with its interval as a band, and its seeds at one end."""
+    """Cells that hold for the whole axis: level lines with their intervals as bands, and their seeds at one end."""
     low, high = positions[0] / 2**0.3, positions[-1] * 2**0.3  # beyond cells that stand beside one another
-    cell = cells.iloc[0]
-    ax.plot([low, high], [cell["mean"]] * 2, **{**line, "marker": ""}, zorder=2.5)
-    ax.fill_between([low, high], cell["low"], cell["high"], color=line["color"], alpha=0.15, linewidth=0)
-    mark_cuts(ax, cells.assign(x=low), line["color"])
-    _draw_cells(ax, cells.assign(x=low, low=cell["mean"], high=cell["mean"]), frame, line, aside=-0.17)
+    for index, cell in cells.iterrows():
+        own = cells.loc[[index]].assign(x=low)
+        ax.plot([low, high], [cell["mean"]] * 2, **{**line, "marker": ""}, zorder=2.5)
+        ax.fill_between([low, high], cell["low"], cell["high"], color=line["color"], alpha=0.15, linewidth=0)
+        mark_cuts(ax, own, line["color"])
+        _draw_cells(ax, own.assign(low=cell["mean"], high=cell["mean"]), frame, line, aside=-0.17)
 
 
 def _draw_behind(ax: Axes, cells: pd.DataFrame, positions: Sequence[int], linestyle: str | tuple) -> None:

@@ -137,7 +137,7 @@ def draw_figures(
             others = table.choose_reference(frame, x) if reference else None
             ax = figures.error_vs_batch_size(frame, decreasing=decreasing, x=x, reference=others)
             drawn[f"error_vs_{x}"] = (f"Test error against {words}", ax.figure)
-            if frame["label"].nunique() > figures.MOST_LINES:
+            if frame["label"].nunique() > figures.MOST_LINES and table.slice_axis(frame, x)[0][x].nunique() > 1:
                 axes = figures.error_by_norm(frame, decreasing=decreasing, x=x)
                 drawn[f"error_vs_{x}_by_norm"] = (f"Test error against {words}, each norm by itself", axes[0].figure)
     if curves_frame["epoch"].notna().any():
