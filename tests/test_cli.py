@@ -178,7 +178,8 @@ def test_a_signal_stops_at_a_step_and_the_run_goes_on_from_there(gnbench, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number",
+    [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT))],
 )
 def test_a_killed_sweep_takes_its_processes_with_it_and_resumes(gnbench, tmp_path, number):
     words = ("-m", *TINY, "norm=bn", "epochs=12", "seed=0,1,2", "checkpoint_s=0.2")

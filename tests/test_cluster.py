@@ -113,7 +113,9 @@ def test_a_packed_array_task_that_is_pre_empted_goes_on_and_ends_like_plain_runs
 @pytest.mark.parametrize(
     ("launcher", "signals"),
     [
-        (("hydra/launcher=submitit_local", "checkpoint_s=0.05"), ["SIGUSR2"]),  # which stops it without a checkpoint
+        pytest.param(  # the signal stops it without a checkpoint
+            ("hydra/launcher=submitit_local", "checkpoint_s=0.05"), ["SIGUSR2"], marks=pytest.mark.slow
+        ),
         (("hydra/launcher=slurm", "hydra.launcher.cluster=local", *CPU), ["SIGTERM", "SIGUSR2"]),  # as in a grace time
     ],
 )
@@ -137,6 +139,7 @@ def test_a_submitit_job_on_this_machine_is_queued_again_by_sigusr2_and_goes_on(t
     assert outcomes(tmp_path / "out")[digest] == wholes[digest]
 
 
+@pytest.mark.slow
 def test_joblib_gives_the_records_of_plain_runs(gnbench, tmp_path, wholes):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = gnbench(*SWEEP, "seed=0", "hydra/launcher=joblib")

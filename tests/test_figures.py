@@ -106,7 +106,8 @@ def test_the_note_states_n_and_what_was_run(frame):
     text = note(figures.error_vs_batch_size(frame))
     assert "n = 3 seeds a cell" in text
     assert "95 % t-interval" in text
-    assert "resnet20, cifar10, 30 epochs" in text
+    assert "resnet20, cifar10, all training images, 30 epochs" in text
+    assert "A run's test error: the median over its last 5 epochs" in text
 
 
 def test_one_seed_has_no_interval_and_the_note_says_so(tmp_path):
