@@ -291,25 +291,24 @@ def write_table(rows: list[dict], head: str, path: Path) -> None:
 
 
 def draw(rows: list[dict], limit: float, title: str, path: Path) -> None:
-    """Images a second of each way by cell, and the rate at which the arithmetic alone would be done."""
-    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    """Images a second of each way, a row a cell, and the rate at which the arithmetic alone would be done."""
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
     styles = {"common": ("#bbbbbb", ""), "eager": ("#7aa6c2", "//"), "gnbench": ("#1b4f72", "")}
-    names = {"common": "common loop", "eager": "images resident, eager", "gnbench": "gnbench"}
+    names = {"common": "common loop", "eager": "images resident, eager", "gnbench": "gnbench, × common loop (range)"}
     for place, way in enumerate(WAYS):
         colour, hatch = styles[way]
-        x = np.arange(len(rows)) + 0.27 * (place - 1)
-        axes.bar(x, [r[way] for r in rows], 0.26, color=colour, hatch=hatch, edgecolor="white", label=names[way])
-    for x, r in enumerate(rows):
-        axes.annotate(f"{r['ratio']:.1f}×", (x + 0.27, r["gnbench"]), (0, 2), textcoords="offset points",
-                      ha="center", fontsize=8)  # fmt: skip
-    axes.axhline(
-        limit, color="black", linestyle="--", linewidth=1, label="arithmetic at the rate of\nfloat32 matrix products"
-    )
-    axes.set_xticks(range(len(rows)), [r["cell"] for r in rows], rotation=90)
-    axes.set_ylim(0, max(limit, *(r["gnbench"] for r in rows)) * 1.15)
-    axes.set_ylabel("training, images per second (whole machine)")
-    axes.set_title(title, fontsize=10)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        y = np.arange(len(rows)) + 0.27 * (place - 1)
+        axes.barh(y, [r[way] for r in rows], 0.26, color=colour, hatch=hatch, edgecolor="white", label=names[way])
+    for y, r in enumerate(rows):
+        text = f"{r['ratio']:.1f}× ({r['least']:.1f}–{r['most']:.1f})"
+        place, look = (r["gnbench"], y + 0.27), {"fontsize": 7, "va": "center", "textcoords": "offset points"}
+        axes.annotate(text, place, (3, 0), **look, bbox={"color": "white", "pad": 0.2})
+    axes.axvline(limit, color="black", linestyle="--", linewidth=1, zorder=0, label="float32 matrix products alone")
+    axes.set_yticks(range(len(rows)), [r["cell"] for r in rows])
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, max(limit, *(r["gnbench"] for r in rows)) * 1.2))
+    axes.set_xlabel("training, images per second (whole machine)")
+    axes.set_title(title, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)
