@@ -8,17 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gnbench.machine import num_cores
-
 os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its commands would
 ROOT = Path(__file__).parent.parent
 TESTS = Path(__file__).parent
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a third of the time of the tests of commands is waiting."""
-    return num_cores() + 1
 
 
 @pytest.fixture(scope="session", autouse=True)
