@@ -11,13 +11,16 @@ import sys
 from collections.abc import Iterator
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from gnbench.configs import CONFIGS, choices
 from gnbench.console import INTERRUPTED, fall_silent
@@ -33,6 +36,7 @@ from hydra_plugins.gnbench.slurm import Slurm, SlurmConf
 
 REFUSED = 2  # exit status of a command that was refused
 FAILED = 1  # of one in which a run failed
+SEVERAL = r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'"  # where -m is missing, or seems to be
 UNKNOWN_KEY = r"Could not override '([^']+)'\.\s+To append to your config use (.+)"  # as Hydra says it
 FOR_SWEEPS = {PlanConf._target_: "hydra/launcher=plan tells of", SlurmConf._target_: "hydra/launcher=slurm submits"}
 
@@ -99,7 +103,9 @@ def _exit_on_error() -> Iterator[None]:
 
 
 def _exit_status(error: Exception) -> int:
-    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)) or _is_of_group(error):
+    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
+        return REFUSED
+    if _is_of_group(error) or _is_of_options(error):
         return REFUSED
     number = getattr(error, "number", None)  # of the signal that interrupted a run
     return FAILED if number is None else 128 + number
@@ -123,17 +129,46 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ConfigCompositionException) and (match := re.match(r"Error merging override (.*)", text)):
         said = first_line(error.__cause__) if error.__cause__ else "it cannot be merged into the config"
         return f"{match[1]} is not legal: {said}"
+    if isinstance(error, ConfigCompositionException) and (match := re.match(SEVERAL, text)):
+        return _explain_several(match[1])
     if isinstance(error, OverrideParseException):
         said = next(line for line in text.splitlines() if line and line != error.override and set(line) - set(" ^"))
         hint = "; a value with spaces or letters beyond ASCII stands in quotes of its own, as in 'results=\"a b\"'"
         return f"{error.override} cannot be read as key=value: {said}{hint}"
     if _is_of_group(error):
         return "a config group takes the name of one of its files, as in norm=gn or sweep=quick"
+    if isinstance(error, InterpolationKeyError):
+        return f"{error.full_key} cannot be worked out: {first_line(error)}"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return " ".join(line.strip() for line in text.splitlines())
+    if _is_of_options(error):
+        return text
     return f"{type(error).__name__}: {text}"
+
+
+def _explain_several(word: str) -> str:
+    """What is wrong with a command that Hydra took for a single run though `word` has several values.
+
+    A sweep file makes a command a sweep, which Hydra does not see where another word is wrong, and then blames `word`.
+    """
+    args = get_args_parser().parse_args()
+    parser = OverridesParser.create()
+    others = [other for other in args.overrides if not parser.parse_override(other).is_sweep_override()]
+    own = [f"hydra.searchpath=[{os.path.abspath(args.config_dir)}]"] if args.config_dir else []
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            hydra.compose("config", [*own, *others], return_hydra_config=True)
+    except Exception as error:
+        return _sentence(error)
+    return f"{word} is several values, which -m makes a sweep of"
 
 
 def _is_of_group(error: Exception) -> bool:
     """Whether Hydra was given a group's name that is no text, such as sweep=null."""
     return isinstance(error, ValueError) and str(error).startswith("Config group override must be")
+
+
+def _is_of_options(error: Exception) -> bool:
+    """Whether two of Hydra's options exclude each other, as --cfg and -m do."""
+    return isinstance(error, ValueError) and str(error).startswith("Only one of --run")

@@ -76,6 +76,8 @@ def test_one_run_says_its_error_and_where_it_is(gnbench, tmp_path):
         ("results=", "results is empty: it names the directory that runs go to"),
         ("results=/proc/nowhere", "results=/proc/nowhere cannot be written: "),
         ("norm_batch_size=4,0", "norm_batch_size=0 is not legal"),
+        ("~batch_size", "norm_batch_size cannot be worked out: "),
+        ("--cfg job --info", "Only one of --run, --multirun, --cfg, --info and --shell_completion can be specified"),
         ("norm=gn norm.num_groups=2,3", "num_groups=3 does not divide 16 channels; legal: 1, 2, 4, 8, 16"),
     ],
 )
@@ -86,6 +88,21 @@ def test_bad_input_gets_a_sentence_and_a_status(gnbench, tmp_path, words, senten
     assert line.startswith("gnbench: ")
     assert sentence in line
     assert not records(tmp_path / "out"), "nothing is trained before the whole grid is legal"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("sweep=quick norm=bn,gn epoch=10", "gnbench: epoch is not a key; did you mean epochs?\n"),
+        ("sweep=foo norm=bn,gn", "gnbench: sweep=foo is not known: it is one of "),
+        ("sweep=quick batch_size=2,4 data=tiny epochs=x", "gnbench: epochs=x is not legal: "),
+        ("seed=range(3)", "gnbench: seed=range(3) is several values, which -m makes a sweep of\n"),
+    ],
+)
+def test_a_sweep_that_hydra_takes_for_a_single_run_says_what_is_wrong(gnbench, words, sentence):
+    refused = gnbench(*words.split())
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(sentence)
 
 
 def test_a_grid_runs_each_cell_once_and_then_nothing(gnbench, tmp_path):
