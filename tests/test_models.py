@@ -75,13 +75,15 @@ def test_every_norm_gets_the_same_weights_from_the_same_seed(name):
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50"])
 @pytest.mark.parametrize("norm", NORMS)
-def test_gamma_of_each_blocks_last_norm_starts_at_zero_whatever_the_norm(name, norm):
+def test_gamma_of_each_blocks_last_norm_starts_alike_whatever_the_norm(name, norm):
     def zero_scales(**params: object) -> int:
         model = gnbench.model(name, norm=norm, **params)
         return sum(bool((p == 0).all()) for key, p in model.named_parameters() if p.ndim == 1 and "weight" in key)
 
-    assert zero_scales() == {"resnet8": 3, "resnet18": 8, "resnet50": 16}[name]
+    num_blocks = {"resnet8": 3, "resnet18": 8, "resnet50": 16}[name]
+    assert zero_scales(zero_init_residual=True) == num_blocks
     assert zero_scales(zero_init_residual=False) == 0
+    assert zero_scales() == (0 if name == "resnet8" else num_blocks), "as arXiv:1512.03385 and arXiv:1803.08494 have it"
 
 
 def test_he_initialization_has_its_variance():
@@ -90,7 +92,7 @@ def test_he_initialization_has_its_variance():
 
 
 def test_option_a_shortcut_takes_every_second_position_and_pads_with_zeros():
-    block = gnbench.model("resnet8", norm="gn").eval().blocks[1]  # 16 -> 32 channels; its branch starts at zero
+    block = gnbench.model("resnet8", norm="gn", zero_init_residual=True).eval().blocks[1]  # 16 -> 32 channels
     x = torch.rand(2, 16, 8, 8)
     y = block(x)
     assert torch.equal(y[:, :16], x[:, :, ::2, ::2])
@@ -202,7 +204,7 @@ def test_a_norm_may_start_the_end_of_a_branch_in_its_own_way():
     assert model.blocks[0].norm1.weight is None
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.blocks[0](x := model.act1(model.norm1(model.conv1(images)))), x)
-    bcn = gnbench.model("resnet8", norm="bcn")
+    bcn = gnbench.model("resnet8", norm="bcn", zero_init_residual=True)
     assert not any(block.norm2.channel.weight.any() for block in bcn.blocks)
 
 

@@ -256,7 +256,7 @@ def test_skip_init_is_a_bias_and_at_the_end_of_a_branch_a_number_that_starts_at_
     with torch.no_grad():
         norm.bias.copy_(randn(3, seed=1))
     assert torch.equal(norm(x), x + norm.bias[:, None, None])
-    norm.zero_scale()
+    norm.end_branch()
     assert not norm(x).any()
     with torch.no_grad():
         norm.weight.fill_(2.5)

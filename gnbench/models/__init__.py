@@ -6,7 +6,8 @@ What a norm is to a model:
   apply_act=True the model adds no ReLU, with apply_act=False, before an addition, the layer is to have none.
 - A norm whose attribute `conv_weight` is a function conv -> Module acts on the weights as well: each convolution's
   weight becomes what that module makes of it.
-- A layer with a method `zero_scale()` starts the last place of a residual branch in its own way.
+- A layer with a method `end_branch()` hears by it that it stands at the end of a residual branch. One with a method
+  `zero_scale()` starts that branch at zero by it, where this is wanted, and not by a gamma of 0.
 """
 
 import inspect
@@ -70,9 +71,11 @@ def modules_outside(model: nn.Module, norms: Iterable[nn.Module]) -> list[nn.Mod
     return [module for module in model.modules() if id(module) not in inside]
 
 
-def zero_scale(norm: nn.Module) -> None:
-    """Start a norm's gamma at 0, where it has one, so that its residual branch starts as the identity."""
-    if hasattr(norm, "zero_scale"):
+def end_branch(norm: nn.Module, zero: bool) -> None:
+    """Tell a norm that it ends a residual branch, and with `zero` start its gamma at 0: the block is its shortcut."""
+    if hasattr(norm, "end_branch"):
+        norm.end_branch()
+    elif zero and hasattr(norm, "zero_scale"):
         norm.zero_scale()
-    elif getattr(norm, "weight", None) is not None:
+    elif zero and getattr(norm, "weight", None) is not None:
         nn.init.zeros_(norm.weight)

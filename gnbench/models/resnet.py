@@ -5,7 +5,7 @@ import functools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.models import NormFactory, brings_activation, norm_alone, norm_and_activation, zero_scale
+from gnbench.models import NormFactory, brings_activation, end_branch, norm_alone, norm_and_activation
 from gnbench.torchvision_compat import import_torchvision
 
 WIDTHS = (16, 32, 64)  # channels of the three stages
@@ -63,12 +63,13 @@ class CifarResNet(nn.Module):
         return self.classifier(x.mean((2, 3)))  # -> (N, num_classes)
 
 
-def cifar_resnet(norm: NormFactory, num_classes: int, depth: int, zero_init_residual: bool = True) -> nn.Module:
+def cifar_resnet(norm: NormFactory, num_classes: int, depth: int, zero_init_residual: bool = False) -> nn.Module:
     """ResNet-8, 20, 32, 44, 56, 110 for CIFAR (arXiv:1512.03385).
 
     Args:
         depth: 6n + 2.
-        zero_init_residual: gamma of the last norm of every block starts at 0, whatever the norm (arXiv:1706.02677).
+        zero_init_residual: gamma of the last norm of every block starts at 0, whatever the norm (arXiv:1706.02677), and
+            not at 1. These small networks then train more slowly.
 
     Raises:
         ValueError: depth is not 6n + 2 with n of 1 or more.
@@ -76,9 +77,8 @@ def cifar_resnet(norm: NormFactory, num_classes: int, depth: int, zero_init_resi
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth={depth} is not 6n + 2")
     model = CifarResNet(norm, num_classes, depth)
-    if zero_init_residual:
-        for block in model.blocks:
-            zero_scale(block.norm2)
+    for block in model.blocks:
+        end_branch(block.norm2, zero_init_residual)
     return model
 
 
@@ -93,9 +93,8 @@ def torchvision_resnet(
     blocks = [block for stage in STAGES for block in getattr(model, stage)]
     if brings_activation(norm):
         _move_activations(model, blocks, norm)
-    if zero_init_residual:
-        for block in blocks:
-            zero_scale(getattr(block, _last_place(block)[1]))
+    for block in blocks:
+        end_branch(getattr(block, _last_place(block)[1]), zero_init_residual)
     return model
 
 

@@ -13,7 +13,7 @@ class SkipInit(nn.Module):
     """SkipInit (arXiv:2002.10444): y = alpha * (x + beta) at the end of a residual branch, y = x + beta elsewhere.
 
     alpha is one learned number that starts at 0, so that each block starts as the identity. beta (C,) is the bias of
-    the convolution before, which a network without norms has. Without `zero_init_residual` there is no alpha.
+    the convolution before, which a network without norms has.
     """
 
     def __init__(self, num_channels: int) -> None:
@@ -21,8 +21,8 @@ class SkipInit(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
         self.register_parameter("weight", None)
 
-    def zero_scale(self) -> None:
-        """Stand at the end of a residual branch."""
+    def end_branch(self) -> None:
+        """Stand at the end of a residual branch: have alpha."""
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
