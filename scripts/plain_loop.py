@@ -1,4 +1,4 @@
-"""ResNet-20 with Batch Normalization, in plain PyTorch: what gnbench's trainer is checked against.
+"""ResNet-20 with Batch or Group Normalization, in plain PyTorch: what gnbench's trainer is checked against.
 
 Nothing here is shared with gnbench: the network of arXiv:1512.03385 with shortcuts of its option A, crops from images
 padded with 4 black pixels, flips, SGD with momentum 0.9 and a cosine, as the public CIFAR loops have them.
@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +23,26 @@ from torch import nn
 
 
 class Block(nn.Module):
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+    def __init__(self, norm: Callable[[int], nn.Module], in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.norm1 = norm(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.norm2 = norm(planes)
         self.stride, self.more = stride, planes - in_planes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
         return F.relu(y + shortcut)
 
 
-def resnet20() -> nn.Module:
+def resnet20(name: str) -> nn.Module:
+    norm = {"bn": nn.BatchNorm2d, "gn": lambda planes: nn.GroupNorm(8, planes)}[name]
     widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
     pairs = itertools.pairwise(widths)
-    blocks = [Block(before, after, 1 if before == after else 2) for before, after in pairs]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [Block(norm, before, after, 1 if before == after else 2) for before, after in pairs]
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU()]
     net = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -70,6 +72,7 @@ def crop_and_flip(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="holds train/<class>/* and test/<class>/*")
+    parser.add_argument("--norm", choices=["bn", "gn"], default="bn")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
@@ -91,7 +94,7 @@ def main() -> None:
     def to_input(images: np.ndarray) -> torch.Tensor:
         return ((torch.from_numpy(images).float() - mean) / std).permute(0, 3, 1, 2)
 
-    net = resnet20().to(memory_format=torch.channels_last)
+    net = resnet20(options.norm).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=options.lr, momentum=0.9, weight_decay=options.weight_decay)
     steps = len(train_images) // options.batch_size
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)

@@ -95,13 +95,14 @@ def test_three_steps_are_those_of_a_naive_loop(recipe):
         torch.testing.assert_close(ours[key], naive[key], msg=key)
 
 
-def test_a_training_is_that_of_a_plain_network_in_a_plain_loop():
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_a_training_is_that_of_a_plain_network_in_a_plain_loop(norm):
     """From the same weights, over the same batches, with tests between the epochs: scripts/plain_loop.py's network."""
     recipe = {"epochs": 3, "schedule": "cosine", "base_lr": 0.02, "weight_decay": 5e-4}
     made = make_training(**recipe)
-    model = gnbench.model("resnet20", norm="bn", num_classes=10)
+    model = gnbench.model("resnet20", norm=norm, num_classes=10)
     training = Training(model, made.dataset, made.recipe, made.seed)
-    net = runpy.run_path(str(ROOT / "scripts" / "plain_loop.py"))["resnet20"]()
+    net = runpy.run_path(str(ROOT / "scripts" / "plain_loop.py"))["resnet20"](norm)
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), net.parameters(), strict=True):
             ours.copy_(theirs)
