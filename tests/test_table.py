@@ -109,6 +109,12 @@ def test_a_label_tells_no_more_than_is_needed(tmp_path):
     assert list(table.load(tmp_path)["label"]) == ["BN [epochs=10]", "BN [epochs=30]"]
 
 
+def test_a_label_has_true_and_false_as_they_are_typed(tmp_path):
+    for nesterov in (True, False):
+        write_run(tmp_path, nesterov=nesterov)
+    assert list(table.load(tmp_path)["label"]) == ["BN [nesterov=false]", "BN [nesterov=true]"]
+
+
 def test_a_learning_rate_tuned_for_each_batch_size_does_not_split_a_line(tmp_path):
     write_run(tmp_path, "bn", 32, base_lr=0.1)
     write_run(tmp_path, "bn", 2, base_lr=0.05)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from gnbench.errors import UserError
@@ -237,9 +238,11 @@ def norm_columns(*frames: pd.DataFrame) -> list[str]:
 
 
 def write_value(value: object) -> str:
-    """A config value as text: the same for 8 and 8.0, which a frame does not keep apart, and nothing for no value."""
+    """A config value as typed: the same for 8 and 8.0, which a frame does not keep apart, and nothing for no value."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, (bool, np.bool_)):
+        return str(value).lower()
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
