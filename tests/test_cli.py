@@ -176,7 +176,9 @@ def test_a_failed_run_fails_the_command_and_not_the_others(gnbench, tmp_path):
     assert gnbench(*words).stdout.splitlines()[0] == "3 runs: 2 finished, 1 to do"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_at_a_step_and_the_run_goes_on_from_there(gnbench, tmp_path, number, status):
     words = (*TINY, "norm=bn", "epochs=30")
     process = start(tmp_path, *words)
