@@ -57,7 +57,7 @@ class Subject:
     def inference(self) -> None:
         """One forward pass without gradients."""
         with torch.no_grad():
-            forward(self.engine.network, self.images, self.training.precision)
+            forward(self.training.model, self.images, self.training.precision)
 
     def prepare(self, way: str) -> None:
         """Get ready for a step, or for inference."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gnbench.data import Dataset
 from gnbench.evaluate import percentiles, shuffled
+from gnbench.machine import autocast
 from gnbench.precise_bn import kept_statistics, set_train_mode
 from gnbench.recipe import Recipe
 
@@ -61,7 +62,7 @@ def diagnose(
         for start in range(0, count, batch_size):
             images, labels = (tensor[start : start + batch_size] for tensor in (split.images, split.labels))
             with torch.set_grad_enabled(len(gradients) < GRADIENT_BATCHES):
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with autocast(images.device, precision):
                     logits = model(dataset.normalize(images))
                 loss = F.cross_entropy(logits.double(), labels, label_smoothing=recipe.label_smoothing)
             if loss.requires_grad:

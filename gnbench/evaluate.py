@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnbench.data import Dataset, Split, train_batches
+from gnbench.machine import autocast
 from gnbench.precise_bn import batch_statistics, kept_statistics, layers_with_statistics, update_precise_statistics
 from gnbench.record import PERCENTILES
 
@@ -21,7 +22,7 @@ def evaluate(
     """Mean cross-entropy and error in percent over a split."""
     loss_sum, num_errors = 0.0, 0
     for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(images.device, precision):
             logits = model(dataset.normalize(images))
         loss_sum += F.cross_entropy(logits.double(), labels, reduction="sum")
         num_errors += (logits.argmax(1) != labels).sum()
@@ -41,7 +42,8 @@ def error_by_statistics(
         return {}
     errors = {"ema": evaluate(model, dataset, dataset.test, precision)[1]}
     with kept_statistics(model):
-        update_precise_statistics(model, precise_images(dataset, num_precise_images))
+        with autocast(dataset.mean.device, precision):  # the activations that the test will have
+            update_precise_statistics(model, precise_images(dataset, num_precise_images))
         errors["precise"] = evaluate(model, dataset, dataset.test, precision)[1]
     with batch_statistics(model):
         full = max(batch_size, len(dataset.test) // batch_size * batch_size)  # a smaller last batch is of another kind

@@ -4,7 +4,6 @@ torch is imported where it is needed: how many cores there are is asked without 
 """
 
 import ctypes
-import math
 import os
 import platform
 import sys
@@ -61,6 +60,13 @@ def set_arithmetic(config: dict) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
+def autocast(device: "torch.device", precision: str) -> "torch.autocast":
+    """A context in which bf16 is mixed precision: matrix products and convolutions in bfloat16, on any device."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one: it gives large blocks back to the system otherwise."""
     if sys.platform != "linux":
@@ -72,8 +78,8 @@ def keep_freed_memory() -> None:
             libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def peak_memory_mb(device: "torch.device") -> float:
-    """Largest memory so far in MiB: of the device where it is a GPU, of the process elsewhere."""
+def peak_memory_mb(device: "torch.device") -> float | None:
+    """Largest memory so far in MiB: of the device where it is a GPU, of the process elsewhere; None where unknown."""
     if device.type == "cuda":
         import torch
 
@@ -81,7 +87,7 @@ def peak_memory_mb(device: "torch.device") -> float:
     try:
         import resource  # not on Windows
     except ImportError:
-        return math.nan
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from gnbench.diagnostics import diagnose, is_due
 from gnbench.evaluate import error_by_statistics, evaluate, response_percentiles
 from gnbench.machine import peak_memory_mb
 from gnbench.recipe import Recipe
+from gnbench.record import count_reported
 from gnbench.timing import wait_for_device
 
 RESPONSE = "response"  # a model's module of this name has the percentiles of its output recorded
@@ -51,7 +52,7 @@ class Training:
     diagnostics: int | None = None  # training images on which layers and gradients are measured
 
     def __post_init__(self) -> None:
-        self.optimizer = make_optimizer(self.model, self.recipe)
+        self.optimizer = make_optimizer(self.model, self.recipe, find_spared(self.model))
         self.total_steps = self.recipe.total_steps(len(self.dataset.train))
         self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.dataset.train))
         self.share = slice(None)  # of every batch: the images that this process trains on
@@ -98,13 +99,24 @@ def _own(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with momentum. Gamma, beta and biases, the parameters of one dimension, may be spared the weight decay."""
-    wide = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    flat = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+def find_spared(model: nn.Module) -> set[nn.Parameter]:
+    """What norm_weight_decay=false spares the weight decay: the parameters of norms, of any shape, and biases."""
+    norms = [model.get_submodule(name) for name in getattr(model, "norm_places", ())]
+    flat = {parameter for parameter in model.parameters() if parameter.ndim <= 1}
+    return flat.union(*(norm.parameters() for norm in norms))
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, spared: Set[nn.Parameter]) -> torch.optim.SGD:
+    """SGD with momentum; `spared` are the parameters that decay only if the norms' do."""
     groups = [
-        {"params": wide, "weight_decay": recipe.weight_decay},
-        {"params": flat, "weight_decay": recipe.weight_decay if recipe.norm_weight_decay else 0.0},
+        {
+            "params": [parameter for parameter in model.parameters() if parameter not in spared],
+            "weight_decay": recipe.weight_decay,
+        },
+        {
+            "params": [parameter for parameter in model.parameters() if parameter in spared],
+            "weight_decay": recipe.weight_decay if recipe.norm_weight_decay else 0.0,
+        },
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.SGD(groups, lr=recipe.base_lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
@@ -209,10 +221,10 @@ def _drop_diverged(members: list[Training], epoch: int, drop: Callable[[Training
 
 
 def summarize(training: Training) -> dict:
-    """A finished training's numbers: `test_error` is the median over the last `report_epochs`, never the best."""
+    """A finished training's numbers: `test_error` is the median over the last `count_reported`, never the best."""
     history, recipe = training.progress.history, training.recipe
     last = history[-1]
-    reported = [row["test_error"] for row in history[-recipe.report_epochs :]]
+    reported = [row["test_error"] for row in history[-count_reported(recipe.report_epochs, recipe.frozen_epochs) :]]
     return {
         "test_error": statistics.median(reported),
         "final_test_error": last["test_error"],

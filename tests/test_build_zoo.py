@@ -94,6 +94,17 @@ def test_half_precision_under_autocast_is_float32s_to_its_digits(name):
         assert {buffer.dtype for buffer in layer.buffers()} <= {torch.float32, torch.int64}
 
 
+def test_batch_renorm_takes_its_statistics_in_float32():
+    layer = gnbench.norm("brn")(8)
+    x = 10 + torch.randn(4, 8, 10, 10, generator=torch.Generator().manual_seed(0))
+    half = x.bfloat16()
+    weight, bias = layer._affine(half, 1)
+    exact = layer._affine(half.float(), 1)
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, exact[0])
+    assert torch.equal(bias, exact[1])
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_in_evaluation_an_image_is_alone_and_nothing_is_kept(name):
     layer = make_layer(name)

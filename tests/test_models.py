@@ -12,7 +12,7 @@ from torch import nn
 import gnbench
 from gnbench.configs import choices, load_group
 from gnbench.errors import UserError
-from gnbench.models import brings_activation
+from gnbench.models import brings_activation, initialize
 from gnbench.norms import WeightStandardization
 from gnbench.trial import channel_counts
 
@@ -73,8 +73,9 @@ def test_every_norm_gets_the_same_weights_from_the_same_seed(name):
     assert not torch.equal(weights("bn", seed=4), reference)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("name", "norm"), [(name, norm) for name in ("resnet8", "resnet18") for norm in NORMS] + [("resnet50", "bn")]
+)
 def test_gamma_of_each_blocks_last_norm_starts_alike_whatever_the_norm(name, norm):
     def zero_scales(**params: object) -> int:
         model = gnbench.model(name, norm=norm, **params)
@@ -115,6 +116,47 @@ def test_what_cannot_be_built_is_refused_in_a_sentence():
         gnbench.model("resnet20", norm=gnbench.norm("gn", num_groups=32))
     with pytest.raises(UserError, match="model=resnet20 cannot be built: depth=21 is not 6n"):
         gnbench.model("resnet20", depth=21)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: gnbench.model("resnet8", zero_init_residual="no"),
+            "zero_init_residual=no is not legal: it is true or",
+        ),
+        (lambda: gnbench.model("resnet8", depth=8.0), r"depth=8\.0 is not legal: it is a whole number"),
+        (lambda: gnbench.model("vgg16", width="wide"), "width=wide is not legal: it is a number, or null"),
+        (lambda: gnbench.norm("bcn", estimate="no"), "estimate=no is not legal: it is true or false"),
+        (lambda: gnbench.norm("gn", num_groups=True), "num_groups=True is not legal: it is a whole number, or null"),
+    ],
+)
+def test_a_parameter_of_another_type_is_refused(make, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make()
+    assert gnbench.norm("bn", eps=1)(8).eps == 1  # a whole number is a number
+
+
+class Tanh(nn.Module):
+    """A norm whose backward pass needs its output."""
+
+    def __init__(self, num_channels):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(num_channels, 1, 1))
+
+    def forward(self, x):
+        return torch.tanh(self.alpha * x)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg16"])
+def test_no_activation_overwrites_what_a_norm_needs_in_its_backward_pass(name):
+    gnbench.model(name, norm=Tanh)(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def test_a_classifier_may_lack_a_bias():
+    model = nn.Linear(4, 2, bias=False)
+    initialize(model, seed=0)
+    assert 0 < model.weight.std() < 0.03
 
 
 def test_a_norm_that_changes_the_shape_or_returns_nan_is_refused():

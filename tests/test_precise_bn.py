@@ -124,6 +124,16 @@ def test_precise_statistics_repair_running_averages_that_are_wrong():
     assert errors["batch"] < 45
 
 
+def test_the_populations_statistics_are_of_the_activations_that_the_test_has():
+    training = finish(make_training("bn", epochs=1))
+    model, seen = training.model, []
+    model.conv1.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    for precision, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        seen.clear()
+        error_by_statistics(model, training.dataset, precision, batch_size=8, num_precise_images=64)
+        assert set(seen) == {dtype}
+
+
 def test_precise_images_are_as_many_as_asked_or_as_there_are():
     dataset = make_training().dataset
     assert sum(len(images) for images in precise_images(dataset, 40)) == 40

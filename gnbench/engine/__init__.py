@@ -15,6 +15,8 @@ from gnbench.engine.eager import Eager
 from gnbench.engine.fused import Fused
 from gnbench.engine.graph import CudaGraph
 from gnbench.errors import UserError
+from gnbench.models.resnet import BasicBlock
+from gnbench.norms import one_pass
 from gnbench.norms.batch import BatchNorm
 from gnbench.norms.group import GroupNorm
 from gnbench.train import Engine, Training
@@ -33,14 +35,15 @@ __all__ = [
 MOST_LANES = 8  # seeds as one network: with so many, even batches of 2 fill the kernels
 MOST_FUSED_BATCH = 8  # larger batches fill a CPU's kernels by themselves
 MOST_FUSED_BATCH_ON_GPU = 128
-WORTH_COMPILING = 1_000_000  # images in a training; half a minute of compiling against minutes of gain
+WORTH_COMPILING = 50_000  # images in a training; some seconds of compiling against a fifth of the training
 
 
 def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     """The engine of the trainings in `lanes`, of which several make one network.
 
     What is taken depends on the whole training, not on what is left of it, so that a resumed one goes on with the same
-    arithmetic. On a CPU, long trainings with BN, at any normalization batch size, or GN and its two ends are compiled.
+    arithmetic on the same machine. On a CPU, by one thread, BN at any normalization batch size and GN with any number
+    of groups go in one pass over memory, unless the training is too short to compile that, or there is no compiler.
 
     Args:
         engine: eager is the reference, for a single training; auto takes what is faster; cuda_graph records the step.
@@ -51,8 +54,8 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     training = next(training for training in lanes if training is not None)
     recipe, device = training.recipe, training.dataset.mean.device
     check_engine(engine, device)
-    compiled = engine == "auto" and len(lanes) == 1 and _is_worth_compiling(training)
-    channels_last = compiled or (engine == "auto" and prefers_channels_last(training))
+    in_one_pass = engine == "auto" and _is_worth_compiling(training) and one_pass.is_available()
+    channels_last = in_one_pass or (engine == "auto" and prefers_channels_last(training))
     if count_workers() > 1:
         from gnbench.engine.distributed import Distributed  # torch.distributed is for those who need it
 
@@ -60,21 +63,26 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     if len(lanes) > 1:
         if recipe.clip_grad_norm is not None:
             raise UserError("clip_grad_norm is of each seed's own gradients: its seeds are not trained as one network")
-        made: Eager | Fused = Fused(lanes, channels_last)
+        made: Eager | Fused = Fused(lanes, channels_last, in_one_pass)
     else:
-        made = Eager(training, channels_last, compiled)
+        made = Eager(training, channels_last, in_one_pass)
     return CudaGraph(made) if engine == "cuda_graph" else made
 
 
 def _is_worth_compiling(training: Training) -> bool:
-    """Whether a training by itself gains more from torch.compile than it waits for it, on a CPU."""
-    known = any(type(module) in (BatchNorm, GroupNorm) for module in training.model.modules())
+    """Whether a training has norms that go in one pass, and gains more by that than it waits for the compiler.
+
+    It gains where a model asks for the ReLU and the addition together with the norm: in the CIFAR ResNets.
+    """
+    norms = [module.norm1 for module in training.model.modules() if isinstance(module, BasicBlock)]
+    known = any(type(norm) in (BatchNorm, GroupNorm) and len(norm.weight) % one_pass.WIDTH == 0 for norm in norms)
     long = training.total_steps * training.recipe.batch_size >= WORTH_COMPILING
-    return known and long and training.dataset.mean.device.type == "cpu" and count_workers() == 1
+    on_cpu = training.dataset.mean.device.type == "cpu" and torch.get_num_threads() == 1
+    return known and long and on_cpu and count_workers() == 1
 
 
 def prefers_channels_last(training: Training) -> bool:
-    """Whether a step that is not compiled keeps weights and activations as (N, H, W, C): on a CPU, with most norms.
+    """Whether a step by torch's own norms keeps weights and activations as (N, H, W, C): on a CPU, with most norms.
 
     Not where a norm is faster on (N, C, H, W) than the convolutions lose by it. That is a GroupNorm with one channel a
     group, or any in bf16, whose channels_last kernels are slow, and a batch norm that splits its batch, whose view of

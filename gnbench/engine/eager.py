@@ -1,16 +1,14 @@
 """The reference: a training by itself, one kernel after the other."""
 
-import logging
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gnbench.machine import autocast
 from gnbench.precise_bn import set_train_mode
 from gnbench.train import Training, lay_out_momenta
 
-log = logging.getLogger(__name__)
+ONE_PASS = "norms in one pass"
 
 
 class StepEngine:
@@ -48,31 +46,22 @@ class Eager(StepEngine):
     Args:
         channels_last: keep weights and activations as (N, H, W, C) in memory, which most CPU kernels prefer; the
             mathematics is the same, the rounding is not.
-        compiled: run the model through torch.compile, which takes half a minute and a C++ compiler; without one, the
-            model runs as it is.
+        one_pass: let norms that have it compute themselves, and a ReLU after them, in one pass over a channels_last
+            map.
     """
 
-    def __init__(self, training: Training, channels_last: bool = False, compiled: bool = False) -> None:
+    def __init__(self, training: Training, channels_last: bool = False, one_pass: bool = False) -> None:
         self.members = [training]
-        self.channels_last = channels_last
+        self.channels_last, self.one_pass = channels_last, one_pass
         if channels_last:
             training.model.to(memory_format=torch.channels_last)
-        self.network = _Compiled(training.model) if compiled else training.model
+        take_one_pass(training.model, one_pass)
         self.optimizer = training.optimizer
         lay_out_momenta(self.optimizer)
 
     @property
     def name(self) -> str:
-        return ", ".join(["channels_last"] * self.channels_last + ["compiled"] * self.is_compiled) or "eager"
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the model runs through torch.compile."""
-        return isinstance(self.network, _Compiled) and self.network.works
-
-    def stop_compiling(self) -> None:
-        """Run the model as it is from here on."""
-        self.network = self.members[0].model
+        return ", ".join(["channels_last"] * self.channels_last + [ONE_PASS] * self.one_pass) or "eager"
 
     def set_train_mode(self, frozen: bool) -> None:
         """Training mode; with `frozen`, running statistics are used as they are."""
@@ -81,7 +70,9 @@ class Eager(StepEngine):
     def update(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         training = self.members[0]
         recipe, ((images, labels),) = training.recipe, batches
-        logits = forward(self.network, images, training.precision)
+        if self.channels_last:  # for convolutions whose weights are computed, and have no format of their own
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits = forward(training.model, images, training.precision)
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
@@ -91,26 +82,15 @@ class Eager(StepEngine):
         return loss.detach()[None], (logits.detach().argmax(1) != labels).sum()[None]
 
 
-class _Compiled:
-    """A model through torch.compile, or as it is from the first failure of that on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.compiled = torch.compile(model, dynamic=False)  # a shape's code does not depend on the shapes before it
-        self.works = True
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if self.works:
-            try:
-                return self.compiled(images)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                log.warning("trained without torch.compile: %s", str(error).partition("\n")[0])
-                self.works = False
-        return self.model(images)
+def take_one_pass(network: nn.Module, wanted: bool) -> None:
+    """Let the norms that have it compute themselves, and a ReLU after them, in one pass over memory, or not."""
+    for module in network.modules():
+        if hasattr(module, "one_pass"):
+            module.one_pass = wanted
 
 
-def forward(model: Callable[[Tensor], Tensor], images: Tensor, precision: str) -> Tensor:
+def forward(model: nn.Module, images: Tensor, precision: str) -> Tensor:
     """Logits, in the precision of the loss: under bf16 the model computes in mixed precision, the loss in float32."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(images.device, precision):
         logits = model(images)
     return logits.float() if precision == "bf16" else logits

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.engine.eager import StepEngine, forward
+from gnbench.engine.eager import ONE_PASS, StepEngine, forward, take_one_pass
 from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
 from gnbench.norms.group import GroupNorm
 from gnbench.precise_bn import set_train_mode
 from gnbench.record import TOGETHER
-from gnbench.train import MOMENTUM, Training, lay_out_momenta, make_optimizer
+from gnbench.train import MOMENTUM, Training, find_spared, lay_out_momenta, make_optimizer
 
 Lanes = Sequence[nn.Module | None]  # one module a lane, of the same kind; None where a lane is empty
 Links = list[tuple[nn.Parameter, list[nn.Parameter | None]]]  # a fused parameter and the lanes' parts of it
@@ -45,17 +45,21 @@ class Fused(StepEngine):
 
     Args:
         lanes: a training for each lane, or None; all of one recipe, data set and model.
-        channels_last: as of Eager.
+        channels_last, one_pass: as of Eager.
     """
 
-    def __init__(self, lanes: Sequence[Training | None], channels_last: bool = True) -> None:
-        self.name = f"{len(lanes)} seeds {TOGETHER}" + ", channels_last" * channels_last
+    def __init__(self, lanes: Sequence[Training | None], channels_last: bool = True, one_pass: bool = False) -> None:
+        ways = ["channels_last"] * channels_last + [ONE_PASS] * one_pass
+        self.name = ", ".join([f"{len(lanes)} seeds {TOGETHER}", *ways])
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.lanes = list(lanes)
         self.members = [training for training in lanes if training is not None]
         links: Links = []
         self.network = _fuse([training and training.model for training in lanes], links, self.memory_format)
-        self.optimizer = make_optimizer(self.network, self.members[0].recipe)
+        take_one_pass(self.network, one_pass)
+        for training in self.members:
+            take_one_pass(training.model, False)
+        self.optimizer = make_optimizer(self.network, self.members[0].recipe, self._find_spared(links))
         self._share_momenta(links)
 
     def set_train_mode(self, frozen: bool) -> None:
@@ -86,6 +90,11 @@ class Fused(StepEngine):
             images[lane] = own
         spread = torch.cat(images, 1).contiguous(memory_format=self.memory_format)
         return spread, torch.stack([labels for _, labels in batches])
+
+    def _find_spared(self, links: Links) -> set[nn.Parameter]:
+        """What the members spare, and the network's parameters that consist of it."""
+        own = set().union(*(find_spared(training.model) for training in self.members))
+        return own | {parameter for parameter, parts in links if not own.isdisjoint(parts)}
 
     def _share_momenta(self, links: Links) -> None:
         """Give the network's optimizer the members' momenta; theirs become views of its own."""
@@ -175,7 +184,9 @@ class _LanePad(nn.Module):
         self.pad, self.num_lanes = pad, num_lanes
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.pad(lane) for lane in x.chunk(self.num_lanes, 1)], 1)
+        x = F.avg_pool2d(x, 1, self.pad.stride).permute(0, 2, 3, 1)  # channels last, as they mostly are in memory
+        lanes = F.pad(x.unflatten(3, (self.num_lanes, -1)), (0, self.pad.new_channels))
+        return lanes.flatten(3).permute(0, 3, 1, 2)
 
 
 class _PerLane(nn.Module):

@@ -6,6 +6,8 @@ What a norm is to a model:
   apply_act=True the model adds no ReLU, with apply_act=False, before an addition, the layer is to have none.
 - A norm whose attribute `conv_weight` is a function conv -> Module acts on the weights as well: each convolution's
   weight becomes what that module makes of it.
+- A layer with a method `with_relu(x, shortcut)` may compute relu(layer(x) + shortcut), shortcut a map or None, faster
+  than it is done after it; it returns None where it does not.
 - A layer with a method `end_branch()` hears by it that it stands at the end of a residual branch. One with a method
   `zero_scale()` starts that branch at zero by it, where this is wanted, and not by a gamma of 0.
 """
@@ -14,7 +16,7 @@ import inspect
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 NormFactory = Callable[..., nn.Module]  # num_channels -> layer
@@ -29,16 +31,35 @@ def brings_activation(norm: NormFactory) -> bool:
         return False
 
 
-def norm_and_activation(norm: NormFactory, num_channels: int, inplace: bool = False) -> tuple[nn.Module, nn.Module]:
-    """A norm and what follows it: ReLU, or nothing where the norm brings an activation."""
+def norm_and_activation(norm: NormFactory, num_channels: int) -> tuple[nn.Module, nn.Module]:
+    """A norm and what follows it: ReLU, or nothing where the norm brings an activation.
+
+    The ReLU is not in place: a norm's backward pass may need its output.
+    """
     if brings_activation(norm):
         return norm(num_channels, apply_act=True), nn.Identity()
-    return norm(num_channels), nn.ReLU(inplace)
+    return norm(num_channels), nn.ReLU()
 
 
 def norm_alone(norm: NormFactory, num_channels: int) -> nn.Module:
     """A norm where no activation follows."""
     return norm(num_channels, apply_act=False) if brings_activation(norm) else norm(num_channels)
+
+
+def norm_then_relu(norm: nn.Module, relu: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + shortcut), `relu` the module that follows a norm: nn.ReLU, or nothing where the norm brings it."""
+    if isinstance(relu, nn.ReLU) and hasattr(norm, "with_relu") and not (_has_hooks(norm) or _has_hooks(relu)):
+        y = norm.with_relu(x, shortcut)
+        if y is not None:
+            return y
+    y = norm(x)
+    return relu(y if shortcut is None else y + shortcut)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens, who is to hear what the module by itself is given and gives."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def initialize(model: nn.Module, seed: int, norms: Iterable[nn.Module] = ()) -> None:
@@ -55,7 +76,8 @@ def initialize(model: nn.Module, seed: int, norms: Iterable[nn.Module] = ()) -> 
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01, generator=generator)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def parametrize_weights(model: nn.Module, conv_weight: ConvWeight, norms: Iterable[nn.Module] = ()) -> None:
@@ -75,7 +97,7 @@ def end_branch(norm: nn.Module, zero: bool) -> None:
     """Tell a norm that it ends a residual branch, and with `zero` start its gamma at 0: the block is its shortcut."""
     if hasattr(norm, "end_branch"):
         norm.end_branch()
-    elif zero and hasattr(norm, "zero_scale"):
+    if zero and hasattr(norm, "zero_scale"):
         norm.zero_scale()
     elif zero and getattr(norm, "weight", None) is not None:
         nn.init.zeros_(norm.weight)

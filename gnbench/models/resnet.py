@@ -5,7 +5,14 @@ import functools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.models import NormFactory, brings_activation, end_branch, norm_alone, norm_and_activation
+from gnbench.models import (
+    NormFactory,
+    brings_activation,
+    end_branch,
+    norm_alone,
+    norm_and_activation,
+    norm_then_relu,
+)
 from gnbench.torchvision_compat import import_torchvision
 
 WIDTHS = (16, 32, 64)  # channels of the three stages
@@ -21,25 +28,25 @@ class PadShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]
+        x = F.avg_pool2d(x, 1, self.stride)  # a slice's gradient would lose the memory format
         return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
 
 
 class BasicBlock(nn.Module):
-    """y = relu(norm2(conv2(act1(norm1(conv1(x))))) + shortcut(x)), act1 a ReLU unless norm1 brings an activation."""
+    """y = act2(norm2(conv2(act1(norm1(conv1(x))))) + shortcut(x)), ReLUs unless norm1 brings act1."""
 
     def __init__(self, norm: NormFactory, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.norm1, self.act1 = norm_and_activation(norm, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = norm_alone(norm, channels)
+        self.norm2, self.act2 = norm_alone(norm, channels), nn.ReLU()
         same = in_channels == channels and stride == 1
         self.shortcut = nn.Identity() if same else PadShortcut(channels - in_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.act1(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+        out = norm_then_relu(self.norm1, self.act1, self.conv1(x))
+        return norm_then_relu(self.norm2, self.act2, self.conv2(out), self.shortcut(x))
 
 
 class CifarResNet(nn.Module):
@@ -58,7 +65,7 @@ class CifarResNet(nn.Module):
         self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.act1(self.norm1(self.conv1(images)))  # (N, 3, H, W) -> (N, 16, H, W)
+        x = norm_then_relu(self.norm1, self.act1, self.conv1(images))  # (N, 3, H, W) -> (N, 16, H, W)
         x = self.blocks(x)  # -> (N, 64, H/4, W/4)
         return self.classifier(x.mean((2, 3)))  # -> (N, num_classes)
 

@@ -21,7 +21,7 @@ class VGG(nn.Module):
         for stage in STAGES:
             for channels in (round(width * channels) for channels in stage):
                 conv = nn.Conv2d(in_channels, channels, 3, padding=1)
-                layers += [conv, *norm_and_activation(norm, channels, inplace=True)]
+                layers += [conv, *norm_and_activation(norm, channels)]
                 in_channels = channels
             layers.append(nn.MaxPool2d(2))
         *before, activation, pool = layers

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gnbench.norms import one_pass
 from gnbench.norms.group import count_groups
 from gnbench.norms.precision import widen
 
@@ -16,7 +17,7 @@ class NormBatches(nn.Module):
         momentum: weight of the newest statistics in the running ones.
 
     Raises:
-        ValueError: norm_batch_size is below 1.
+        ValueError: norm_batch_size is below 1, or momentum not 0 to 1.
     """
 
     batch_only = False  # set while a measurement wants the statistics of the batch at hand and nothing else
@@ -25,6 +26,8 @@ class NormBatches(nn.Module):
         super().__init__()
         if norm_batch_size is not None and norm_batch_size < 1:
             raise ValueError(f"norm_batch_size={norm_batch_size} is below 1")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum} is to be 0 to 1")
         self.norm_batch_size = norm_batch_size
         self.momentum = momentum
 
@@ -66,8 +69,10 @@ class BatchNorm(NormBatches):
         momentum: weight of the newest statistics in the running ones.
 
     Raises:
-        ValueError: norm_batch_size is below 1.
+        ValueError: norm_batch_size is below 1, or momentum not 0 to 1.
     """
+
+    one_pass = False  # an engine sets it; `one_pass.takes` says on which maps it then counts
 
     def __init__(
         self, num_channels: int, norm_batch_size: int | None = None, eps: float = 1e-5, momentum: float = 0.1
@@ -80,12 +85,12 @@ class BatchNorm(NormBatches):
         self.register_buffer("running_var", torch.ones(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._takes_one_pass(x):
+            return self._in_one_pass(x)
         num_batches = self.count_batches(len(x)) if self.training else 1
         if num_batches == 1:
             weight, bias = self._affine(x, num_batches)
             return self._normalize(x, self.running_mean, self.running_var, weight, bias)
-        if torch.compiler.is_compiling() and type(self) is BatchNorm:
-            return self._normalize_split(x)
         grouped = x.reshape(len(x) // num_batches, -1, *x.shape[2:])  # (N, C, H, W') -> (NBS, W * C, H, W')
         means, variances = self.running_mean.repeat(num_batches), self.running_var.repeat(num_batches)
         weight, bias = self._affine(grouped, num_batches)
@@ -94,18 +99,26 @@ class BatchNorm(NormBatches):
         self.running_var.copy_(variances.view(num_batches, -1).mean(0))
         return y.view_as(x)
 
-    def _normalize_split(self, x: Tensor) -> Tensor:
-        """The same from a view that a channels_last batch has too, for torch.compile to make one loop of."""
-        split = self._split(widen(x))
-        mean = split.mean((0, 3, 4))
-        centred = split - mean[..., None, None]
-        var = centred.square().mean((0, 3, 4))
-        count = split[:, 0, 0].numel()
+    def with_relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
+        """relu(self(x) + shortcut), or None where that is not to be had in one pass."""
+        if self._takes_one_pass(x, shortcut):
+            return self._in_one_pass(x, relu=True, shortcut=shortcut)
+        return None
+
+    def _takes_one_pass(self, x: Tensor, shortcut: Tensor | None = None) -> bool:
+        wanted = self.one_pass and self.training and type(self) is BatchNorm  # a subclass may have its own formula
+        return wanted and one_pass.takes(x, self.weight, self.bias, shortcut) and self._count(x) > 1
+
+    def _in_one_pass(self, x: Tensor, **options: object) -> Tensor:
+        sizes, count = (self.count_batches(len(x)), x.shape[1]), self._count(x)
+        y, mean, var = one_pass.normalize(x, self.weight, self.bias, *sizes, self.eps, **options)
         self._follow(self.running_mean, mean)
         self._follow(self.running_var, var * (count / (count - 1)))
-        scale = self.weight * (var + self.eps).rsqrt()
-        y = centred * scale[..., None, None] + self.bias[:, None, None]
-        return y.flatten(0, 1).to(x.dtype)
+        return y
+
+    def _count(self, x: Tensor) -> int:
+        """The numbers of which a channel's statistics in training are."""
+        return x.numel() // (self.count_batches(len(x)) * x.shape[1])
 
     def _affine(self, grouped: Tensor, num_batches: int) -> tuple[Tensor, Tensor]:
         """Scale and shift (W * C,), each normalization batch's own; `grouped` is what they will be applied to."""
@@ -144,7 +157,7 @@ class BatchRenorm(BatchNorm):
         r_max, d_max: bounds of the corrections; 1.5 and 0.5 are those of arXiv:1803.08494, section 4.1.
 
     Raises:
-        ValueError: r_max is below 1, d_max below 0, or norm_batch_size below 1.
+        ValueError: r_max is below 1, d_max below 0, or as `BatchNorm`.
     """
 
     def __init__(
@@ -167,7 +180,7 @@ class BatchRenorm(BatchNorm):
         if not self.training or self.batch_only:
             return weight, bias
         with torch.no_grad():
-            var, mean = torch.var_mean(grouped, (0, 2, 3), correction=0)
+            var, mean = torch.var_mean(widen(grouped), (0, 2, 3), correction=0)
             running_std = (self.running_var + self.eps).sqrt().repeat(num_batches)
             r = ((var + self.eps).sqrt() / running_std).clamp(1 / self.r_max, self.r_max)
             d = ((mean - self.running_mean.repeat(num_batches)) / running_std).clamp(-self.d_max, self.d_max)

@@ -21,7 +21,7 @@ class EvoNormB0(NormBatches):
         apply_act: without it, where an addition follows, the authors keep y = gamma * x + beta alone.
 
     Raises:
-        ValueError: norm_batch_size is below 1.
+        ValueError: norm_batch_size is below 1, or momentum not 0 to 1.
     """
 
     def __init__(
@@ -58,10 +58,6 @@ class EvoNormB0(NormBatches):
             count = split[:, 0, 0].numel()
             self._follow(self.running_var, var * count / max(1, count - 1))
         return (var + self.eps).sqrt()[..., None, None]
-
-    def set_statistics(self, mean: Tensor, square: Tensor) -> None:
-        """Take the population's mean of x and of x^2 (C,) for the running variance."""
-        self.running_var.copy_(square - mean.square())
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, norm_batch_size={self.norm_batch_size}, eps={self.eps}, momentum={self.momentum}"

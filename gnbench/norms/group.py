@@ -1,33 +1,32 @@
 """Group Normalization, and Layer and Instance Normalization as its two ends."""
 
-import torch
 from torch import Tensor, nn
 
-from gnbench.norms.precision import widen
+from gnbench.norms import one_pass
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch.nn.GroupNorm, with a formula of its own under torch.compile.
+    """torch.nn.GroupNorm, and a ReLU after it, in one pass over memory where an engine wants that."""
 
-    Inductor's code for torch's formula reads a channels_last map group by group, a few neighbouring numbers at a time,
-    and is slower than torch's kernel. Channel by channel it is faster than that.
-    """
+    one_pass = False  # an engine sets it; `one_pass.takes` says on which maps it then counts
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._by_channels(x)
+        if self._takes_one_pass(x):
+            return self._in_one_pass(x)
         return super().forward(x).to(x.dtype)  # a GPU's autocast makes it float32, alone among the norms
 
-    def _by_channels(self, x: Tensor) -> Tensor:
-        """The mean over a group as the average of its channels' means: a product with a (C, C) matrix of blocks."""
-        wide = widen(x)
-        group = torch.arange(self.num_channels, device=x.device) // (self.num_channels // self.num_groups)
-        average = (group == group[:, None]).to(wide.dtype) * (self.num_groups / self.num_channels)
-        with torch.autocast(x.device.type, enabled=False):  # which would take the products in half precision
-            centred = wide - (wide.mean((2, 3)) @ average)[:, :, None, None]
-            var = centred.square().mean((2, 3)) @ average
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (centred * scale[:, :, None, None] + self.bias[:, None, None]).to(x.dtype)
+    def with_relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
+        """relu(self(x) + shortcut), or None where that is not to be had in one pass."""
+        if self._takes_one_pass(x, shortcut):
+            return self._in_one_pass(x, relu=True, shortcut=shortcut)
+        return None
+
+    def _takes_one_pass(self, x: Tensor, shortcut: Tensor | None = None) -> bool:
+        wanted = self.one_pass and type(self) is GroupNorm  # a subclass may have a formula of its own
+        return wanted and one_pass.takes(x, self.weight, self.bias, shortcut)
+
+    def _in_one_pass(self, x: Tensor, **options: object) -> Tensor:
+        return one_pass.normalize(x, self.weight, self.bias, len(x), self.num_groups, self.eps, **options)[0]
 
 
 def group_norm(

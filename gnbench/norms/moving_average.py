@@ -19,7 +19,7 @@ class MovingAverageBatchNorm(NormBatches):
     likewise replaces the batch mean of g * z, g the gradient of z = x / sqrt(s + eps), by its average over the last M:
     dx = (g - z * mean(g * z)) / sqrt(s + eps). In evaluation s is a running average and r = 1.
 
-    For the first max(M, warmup_steps) steps s and mean(g * z) are the batch's own, so that dx is the gradient. For
+    For the first max(M, warmup_steps - 1) steps s and mean(g * z) are the batch's own, so that dx is the gradient. For
     max(renorm_steps, warmup_steps) steps r = 1, then r = clip(sqrt(s + eps) / sqrt(running s + eps), 1/5, 5), as in
     Batch Renorm.
 
@@ -33,7 +33,7 @@ class MovingAverageBatchNorm(NormBatches):
         warmup_steps, renorm_steps: 100 and 1000 are the authors'.
 
     Raises:
-        ValueError: norm_batch_size is below 1.
+        ValueError: norm_batch_size is below 1, or momentum not 0 to 1.
     """
 
     def __init__(
