@@ -156,6 +156,30 @@ def test_learning_rates_ring_the_least_held_out_error_and_cross_what_diverged(tm
     assert list(cross.get_xdata()) == [0.4]
 
 
+def test_learning_rates_of_different_experiments_are_different_lines(tmp_path):
+    for base_lr in (0.1, 0.2):
+        for size in (32, 2):
+            result = {"val_error": 100 * base_lr + size}
+            write_run(tmp_path, "bn", 32, norm_batch_size=size, base_lr=base_lr, result=result)
+        for num_groups in (8, 2):
+            result, own = {"val_error": 100 * base_lr + num_groups}, {"num_groups": num_groups}
+            write_run(tmp_path, "gn", 32, base_lr=base_lr, norm_keys=own, result=result)
+    (ax,) = behind_errors.error_vs_learning_rate(table.load(tmp_path))
+    drawn = dict(zip((text.get_text() for text in ax.get_legend().get_texts()), ax.lines[::3], strict=True))
+    assert {name: list(line.get_ydata()) for name, line in drawn.items()} == {
+        "BN, NBS 32": [42, 52], "BN, NBS 2": [12, 22], "GN (G=8)": [18, 28], "GN (G=2)": [12, 22]
+    }  # fmt: skip
+
+
+def test_responses_at_several_batch_sizes_are_not_averaged_nor_those_that_diverged(tmp_path):
+    for size, scale, status in ((32, 1.0, "done"), (2, 20.0, "done"), (2, 500.0, "diverged")):
+        keys = {"response_percentiles": [-scale, 0.0, scale, 2 * scale]}
+        write_run(tmp_path, "gn", size, seed=int(scale), status=status, history_keys=keys)
+    axes = behind_errors.responses(table.curves(tmp_path))
+    assert [ax.get_title() for ax in axes] == ["GN at batch size 32", "GN at batch size 2"]
+    assert [ax.lines[0].get_ydata()[0] for ax in axes] == [-1.0, -20.0]
+
+
 def test_axes_that_are_given_are_drawn_on(tmp_path):
     frame = write_statistics(tmp_path)
     given = matplotlib.figure.Figure().subplots(1, 2)

@@ -40,6 +40,17 @@ def test_a_sound_run_has_no_findings(path):
     assert check_runs(path.parent.parent) == []
 
 
+def test_the_error_of_a_run_with_frozen_epochs_is_of_those(path):
+    record = load_record(path)
+    errors = [row["test_error"] for row in record["history"][-3:]]
+    frozen = {
+        "config": {**record["config"], "frozen_epochs": 3},
+        "result": {**record["result"], "test_error": errors[1]},
+    }
+    change(path, **frozen)
+    assert not [sentence for sentence in sentences(path) if "by its history" in sentence]
+
+
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         check_runs(tmp_path / "nowhere")

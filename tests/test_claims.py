@@ -279,6 +279,34 @@ def test_the_crossover_is_placed(tmp_path):
     assert "the crossover lies between 4 and 32 (the means cross between 8 and 16)" in row["detail"]
 
 
+def test_lines_that_cross_twice_do_not_cross_as_stated(tmp_path):
+    for size, mean in ((32, 20.0), (8, 30.0), (2, 20.0)):
+        write_cell(tmp_path, "bn", size, mean)
+        write_cell(tmp_path, "gn", size, 25.0)
+    row = judge(tmp_path, "BN's and GN's lines cross")
+    assert row["verdict"] == claims.FAILS
+    assert "the means cross between 8 and 32, 2 and 8" in row["detail"]
+
+
+def test_of_several_gns_none_is_gn_until_one_is_chosen(tmp_path):
+    write_cell(tmp_path, "bn", 32, 20.0)
+    for num_groups, mean in ((16, 25.0), (8, 18.0)):
+        write_cell(tmp_path, "gn", 32, mean, norm_keys={"num_groups": num_groups})
+    row = judge(tmp_path, "BN beats GN at batch size 32")
+    assert row["verdict"] == claims.OPEN
+    assert "GN is one of GN (G=16), GN (G=8): --where chooses" in row["detail"]
+    chosen = claims.claims(table.load(tmp_path, where="norm == 'bn' or num_groups == 8")).set_index("claim")
+    assert chosen.loc["BN beats GN at batch size 32.", "verdict"] == claims.FAILS
+
+
+def test_variants_of_a_new_norm_are_each_judged(tmp_path):
+    write_cell(tmp_path, "bn", 32, 20.0)
+    for alpha, mean in ((0.1, 25.0), (0.2, 18.0)):
+        write_cell(tmp_path, "mynorm", 32, mean, norm_keys={"alpha": alpha})
+    assert judge(tmp_path, "mynorm (norm.alpha=0.1) beats BN")["verdict"] == claims.FAILS
+    assert judge(tmp_path, "mynorm (norm.alpha=0.2) beats BN")["verdict"] == claims.HOLDS
+
+
 def test_training_error_must_fall_while_test_error_rises(tmp_path):
     write_cell(tmp_path, "bn", 32, 23, train_error=10.0)
     write_cell(tmp_path, "gn", 32, 24, train_error=8.0)
@@ -350,6 +378,14 @@ def test_precise_statistics_are_compared_within_runs(tmp_path, gain, verdict):
     assert row["verdict"] == verdict
     assert row["effect"] == pytest.approx(gain)
     assert row["test"] == "paired t"
+
+
+def test_the_seeds_that_would_tell_are_those_of_the_part_that_would_refute(tmp_path):
+    for norm, mean in (("bn", 20.0), ("gn", 20.1), ("ln", 19.3)):
+        write_cell(tmp_path, norm, 32, mean, sd=0.5, seeds=range(3))
+    row = judge(tmp_path, "GN lies between BN and LN")
+    assert row["verdict"] == claims.OPEN
+    assert 3 < row["seeds_needed"] < 20  # LN is 0.8 points ahead; that GN is 0.1 behind BN would take hundreds
 
 
 def test_a_part_refutes_only_after_correction_for_the_number_of_parts():

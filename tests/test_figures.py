@@ -313,6 +313,16 @@ def test_others_numbers_lie_behind_hollow_and_with_their_source(frame):
     assert "published by others" in note(ax)
 
 
+def test_others_numbers_are_seen_beside_much_lower_ones(tmp_path):
+    for seed, error in enumerate((2.0, 9.0)):
+        write_run(tmp_path, "bn", 32, seed, test_error=error)
+        write_run(tmp_path, "bn", 2, seed, test_error=error)
+    frame = table.load(tmp_path)
+    ax = figures.error_vs_batch_size(frame, reference=table.choose_reference(frame, "batch_size"))
+    low, high = ax.get_ylim()
+    assert (low, high > 34.7) == (0, True)
+
+
 def test_curves_are_training_error_left_and_test_error_right(sweep):
     axes = figures.curves(table.curves(sweep))
     assert [ax.get_ylabel() for ax in axes] == ["training error (%)", "test error (%)"]
@@ -398,6 +408,16 @@ def test_error_vs_groups_has_both_axes_and_the_extremes(tmp_path):
         assert ax.get_ylim()[0] < frame["test_error"].min()
         assert ax.get_ylim()[1] > frame["test_error"].max()
     assert table.find_groups(frame) == 32
+
+
+def test_error_vs_groups_has_a_line_a_setting(tmp_path):
+    for epochs in (10, 30):
+        for num_groups in (2, 8):
+            keys = {"num_groups": num_groups}
+            write_run(tmp_path, "gn", 32, norm_keys=keys, epochs=epochs, test_error=epochs + num_groups)
+    (ax,) = figures.error_vs_groups(table.load(tmp_path))
+    assert {tuple(sorted(container.lines[0].get_ydata())) for container in ax.containers} == {(12, 18), (32, 38)}
+    assert sorted(legend(ax)) == ["GN [epochs=10]", "GN [epochs=30]"]
 
 
 def test_no_groups_are_found_where_they_do_not_vary(frame):

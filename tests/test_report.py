@@ -234,6 +234,40 @@ def test_a_margin_that_makes_no_sense_is_a_sentence(sweep, margin, capsys):
     assert f"--margin {margin} is not legal: it is a number of points above 0" in capsys.readouterr().err
 
 
+def test_a_report_of_some_of_the_runs_says_which(sweep, tmp_path, capsys):
+    assert report.main([str(sweep), "--where", "norm == 'gn'", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("From batch size 32 to 2, GN's test error")
+    assert set(pd.read_csv(tmp_path / "runs.csv")["norm"]) == {"gn"}
+    assert "the runs with norm == &#39;gn&#39;" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--where", "norm == 'xn'"], "--where \"norm == 'xn'\" fits none of the runs"),
+        (["--where", "norm ="], "--where 'norm =' is no condition on these runs"),
+        (["--where", "norm == 'gn'", "--check"], "--check looks at all runs of its directories: it takes no --where"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_a_sentence(sweep, tmp_path, options, words, capsys):
+    assert report.main([str(sweep), *options, "--out", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_of_some_of_the_runs_does_not_take_the_place_of_the_whole_one(tmp_path, capsys):
+    write_run(tmp_path, "gn")
+    assert report.main([str(tmp_path), "--where", "norm == 'gn'"]) == 2
+    assert "--out is needed with --where" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_named_whatever_is_chosen(tmp_path):
+    write_run(tmp_path, "gn")
+    write_run(tmp_path, "bn").write_text("broken")
+    assert report.main([str(tmp_path), "--where", "norm == 'gn'", "--out", str(tmp_path)]) == 0
+    assert "is unreadable" in (tmp_path / "report.html").read_text()
+
+
 def test_two_directories_need_a_place_to_write(tmp_path, capsys):
     write_run(tmp_path / "one", "bn")
     write_run(tmp_path / "two", "gn")
@@ -370,6 +404,13 @@ def test_headline_keeps_configurations_apart(tmp_path):
     sentence = page.headline(table.load(tmp_path))
     assert "BN [epochs=30]'s rises by 10.0 points" in sentence
     assert "BN [epochs=3]'s test error rises by 5.0 points" in sentence
+
+
+def test_headline_of_no_norm_is_no_denial(tmp_path):
+    for norm, errors in (("bn", (20.0, 25.0)), ("none", (30.0, 29.0))):
+        for size, error in zip((32, 2), errors, strict=True):
+            write_run(tmp_path, norm, size, test_error=error)
+    assert "; the test error without a norm falls by 1.0 points" in page.headline(table.load(tmp_path))
 
 
 def test_headline_stays_short(tmp_path):

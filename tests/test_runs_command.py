@@ -228,7 +228,7 @@ def test_the_commands_of_published_runs_compose_to_them(capsys):
         found.add(digest(config, json.loads(next(RESULTS.glob("*/record.json")).read_text())["data_fingerprint"]))
     published = [load_record(path) for size in (2, 4) for path in RESULTS.glob(f"*-bs{size}-*/record.json")]
     expected = {record["digest"] for record in published if record["config"]["seed"] == 2}
-    assert len(lines) == len(expected) == 4
+    assert len(lines) == len(expected) == 8  # BN, GN, LN and IN
     assert found == expected
 
 
@@ -325,7 +325,7 @@ VALUES = st.recursive(
 @settings(deadline=None)
 @given(VALUES)
 def test_a_value_reaches_hydra_as_it_is(value):
-    override = OverridesParser.create().parse_override(f"key={command_line._format_value(value)}")
+    override = OverridesParser.create().parse_override(f"key={command_line.format_value(value)}")
     assert not override.is_sweep_override()
     assert plain(override.value()) == value
     assert json.dumps(plain(override.value())) == json.dumps(value)

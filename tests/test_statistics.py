@@ -156,6 +156,16 @@ def test_seeds_needed_has_the_power_it_promises_and_not_one_seed_more():
     assert seen[1] < 0.77
 
 
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 17])
+def test_power_rises_with_the_effect_to_1_however_large(alpha):
+    effects = np.linspace(0.1, 40, 200)
+    for n in (2, 3, 5, 20):
+        powers = np.array([statistics.power_of_t_test(n, effect, 1.0, alpha) for effect in effects])
+        assert np.all(np.diff(powers) > -1e-9)
+        assert powers[-1] == pytest.approx(1, abs=0.02 if n > 2 or alpha == 0.05 else 0.6)
+    assert statistics.seeds_needed(8.05, sd=1.0) == 2
+
+
 def test_seeds_needed_for_equivalence_has_the_power_it_promises():
     n = statistics.seeds_needed_for_equivalence(0.2, margin=1.0, sd=0.4)
     rng = np.random.default_rng(0)
@@ -245,6 +255,17 @@ def test_a_seed_that_others_have_is_a_gap(tmp_path):
     write_sweep(tmp_path, norms=("bn", "gn"), batch_sizes=(32,), seeds=(0, 1))
     write_run(tmp_path, "bn", 32, 2)
     assert statistics.name_gaps(table.load(tmp_path)) == ["GN at batch size 32: no run of seed 2"]
+
+
+def test_a_line_of_fewer_seeds_is_one_gap(tmp_path):
+    write_sweep(tmp_path, norms=("bn",), batch_sizes=(32, 8, 2), seeds=(0, 1, 2, 3))
+    for batch_size, seed in itertools.product((32, 8, 2), (0, 1)):
+        if (batch_size, seed) != (8, 1):
+            write_run(tmp_path, "gn", batch_size, seed)
+    assert statistics.name_gaps(table.load(tmp_path)) == [
+        "GN: no run of seed 2, 3",
+        "GN at batch size 8: no run of seed 1",
+    ]
 
 
 def test_gaps_of_a_norm_batch_sweep(tmp_path):

@@ -103,6 +103,20 @@ def test_the_norm_batch_size_is_an_axis_and_no_variant(tmp_path):
     assert frame["cell"].nunique() == 3
 
 
+def test_a_norm_of_ones_own_is_not_called_as_one_that_comes_along(tmp_path):
+    write_run(tmp_path, "bn", test_error=10)
+    write_run(tmp_path, "BN", test_error=60)
+    assert list(table.load(tmp_path)["label"]) == ["BN", "BN (custom)"]
+
+
+def test_a_directory_counts_once_and_two_of_one_name_are_told_apart(tmp_path):
+    for place in "ab":
+        write_run(tmp_path / place / "sweep", "bn")
+    once, other = tmp_path / "a" / "sweep", tmp_path / "b" / "sweep"
+    assert list(table.load(once, f"{tmp_path}/a/../a/sweep")["sweep"]) == ["sweep"]
+    assert set(table.load(once, other)["sweep"]) == {str(once), str(other)}
+
+
 def test_a_label_tells_no_more_than_is_needed(tmp_path):
     write_run(tmp_path, epochs=30, schedule="step")
     write_run(tmp_path, epochs=10, schedule="cosine")  # says nothing that epochs does not
@@ -113,6 +127,29 @@ def test_a_label_has_true_and_false_as_they_are_typed(tmp_path):
     for nesterov in (True, False):
         write_run(tmp_path, nesterov=nesterov)
     assert list(table.load(tmp_path)["label"]) == ["BN [nesterov=false]", "BN [nesterov=true]"]
+
+
+def test_runs_are_chosen_by_a_condition_and_told_apart_among_themselves(tmp_path):
+    for epochs, norm in ((30, "bn"), (10, "bn"), (10, "brn")):
+        own = {"r_max": 1.5} if norm == "brn" else {}
+        write_run(tmp_path, norm, epochs=epochs, test_error=30, norm_keys=own)
+    assert list(table.load(tmp_path)["label"]) == ["BN [epochs=10]", "BN [epochs=30]", "Batch Renorm [epochs=10]"]
+    chosen = table.load(tmp_path, where="norm == 'bn' and epochs < 20")
+    assert list(chosen["label"]) == ["BN"]
+    assert "norm.r_max" not in chosen
+    assert list(table.load(tmp_path, where="`norm.r_max` > 1")["norm"]) == ["brn"]
+    assert table.curves(tmp_path, where="epochs == 30")["label"].unique() == ["BN"]
+    assert list(table.load(tmp_path, where="epochs > 30").columns) == list(table.COLUMNS)
+    write_run(tmp_path, seed=1).write_text("broken")
+    assert list(table.load(tmp_path, where="epochs > 30")["status"]) == ["unreadable"]
+    assert len(table.load(tmp_path, where="epochs.max() > 20")) == 4
+
+
+@pytest.mark.parametrize("where", ["nrm == 'bn'", "epochs", "epochs <", "'bn'"])
+def test_a_condition_that_is_none_is_refused(tmp_path, where):
+    write_run(tmp_path)
+    with pytest.raises(UserError, match="is no condition"):
+        table.load(tmp_path, where=where)
 
 
 def test_a_learning_rate_tuned_for_each_batch_size_does_not_split_a_line(tmp_path):

@@ -5,7 +5,6 @@ Each function takes a frame and axes (or makes them) and returns the axes, as th
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -13,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gnbench.analysis import figures
-from gnbench.analysis.statistics import name_gaps, summarize
-from gnbench.analysis.table import label_norm, one_row_a_run, place_cells, slice_axis
+from gnbench.analysis.statistics import name_cell, name_gaps, summarize
+from gnbench.analysis.table import AXES, one_row_a_run, place_cells, slice_axis
 from gnbench.record import PERCENTILES
 
 STATISTICS = {  # columns of a frame, and how they are drawn
@@ -67,7 +66,7 @@ def error_by_statistics(
     """
     evaluated = frame.loc[frame[[key for key in STATISTICS if key != "train_error"]].notna().any(axis="columns")]
     rows, left_out = slice_axis(frame[frame["label"].isin(evaluated["label"])], x)
-    rows = rows.assign(x=place_cells(rows, x), panel=_name_panels(rows))
+    rows = rows.assign(x=place_cells(rows, x), panel=_name_without(rows, "frozen_epochs"))
     rows = rows.assign(**{name: rows[a] - rows[b] for name, (a, b, _) in PARTS.items()})
     frozen_epochs = rows.get("frozen_epochs", pd.Series(0, index=rows.index)).fillna(0)
     plain, frozen = rows[frozen_epochs == 0], rows[frozen_epochs > 0]
@@ -108,20 +107,24 @@ def error_by_statistics(
 def responses(frame: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """Percentiles 1, 20, 80, 99 of a layer's responses per epoch, a panel a norm (Figure 6 of arXiv:1803.08494).
 
+    Runs that failed or diverged are left out.
+
     Args:
         frame: as `table.curves` returns it, of runs whose model names a `response`.
-        axes: one for each label of the frame.
+        axes: one for each label and batch size of the frame.
     """
-    rows = frame[frame["response_percentiles"].notna()]
-    labels = list(rows["label"].unique())
+    rows = frame[frame["response_percentiles"].notna() & ~frame["status"].isin(["failed", "diverged"])]
+    names = [name_cell(*place) for place in rows[["label", *AXES]].itertuples(index=False)]
+    rows = rows.assign(panel=names if rows[list(AXES)].nunique().max() > 1 else rows["label"])
+    panels = list(rows["panel"].unique())
     if axes is None:
-        axes = figures.new_axes(len(labels), (2.9 * len(labels) + 0.9, 3.4))
+        axes = figures.new_axes(len(panels), (2.9 * len(panels) + 0.9, 3.4))
     styles = figures.style_lines(frame)
-    for ax, label in zip(axes, labels, strict=True):
-        own = rows[rows["label"] == label]
+    for ax, panel in zip(axes, panels, strict=True):
+        own = rows[rows["panel"] == panel]
         values = pd.DataFrame(own["response_percentiles"].tolist(), index=own.index, columns=list(PERCENTILES))
         mean = values.groupby(own["epoch"]).mean()
-        color = styles[label]["color"]
+        color = styles[own["label"].iloc[0]]["color"]
         ax.fill_between(mean.index, mean[1], mean[99], color=color, alpha=0.15, linewidth=0)
         ax.fill_between(mean.index, mean[20], mean[80], color=color, alpha=0.25, linewidth=0)
         for percent in PERCENTILES:
@@ -134,12 +137,12 @@ def responses(frame: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequen
                 annotation_clip=False,
             )
         figures.set_epoch_axis(ax, mean.index.to_series())
-        ax.set_title(figures.wrap_label(label, 34))
+        ax.set_title(figures.wrap_label(panel, 34))
     axes[0].set_ylabel("response before the last activation")
-    mean = figures.ONE_SEED if figures.has_one_seed(rows) else "Means over seeds."
-    note = f"Percentiles over images, channels and positions; each panel has its own scale. {mean}"
+    note = "Percentiles over images, channels and positions; each panel has its own scale."
     runs = one_row_a_run(rows)
-    figures.add_figure_note(axes[0].figure, [note, figures.describe_runs(runs), *name_gaps(runs)])
+    notes = [note, figures.describe_seeds(rows), figures.describe_runs(runs), *name_gaps(runs)]
+    figures.add_figure_note(axes[0].figure, notes)
     return axes
 
 
@@ -153,6 +156,8 @@ def has_learning_rates(frame: pd.DataFrame) -> bool:
 def error_vs_learning_rate(frame: pd.DataFrame, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
     """Held-out error against base learning rate: a panel a batch size, a line a norm; the least of each is ringed.
 
+    A norm's variants, its normalization batch sizes and other settings are lines of their own.
+
     Args:
         frame: as `table.load` returns it, of runs with held-out images.
         axes: one for each batch size.
@@ -160,38 +165,42 @@ def error_vs_learning_rate(frame: pd.DataFrame, axes: Sequence[Axes] | None = No
     sizes = sorted(frame["batch_size"].dropna().unique(), reverse=True)
     axes = figures.new_axes(len(sizes), (2.5 * len(sizes) + 1.1, 3.3), sharey=True) if axes is None else axes
     rates = sorted(frame["base_lr"].dropna().unique())
-    norms = list(frame["norm"].dropna().unique())
+    frame = frame.assign(line=_name_without(frame, "base_lr"))
+    several = frame.groupby(["line", "batch_size"])["norm_batch_size"].transform("nunique") > 1
+    nbs = ", NBS " + frame["norm_batch_size"].astype("string")
+    frame["line"] += nbs.where(several, "").fillna("")
+    styles = {}
+    for norm, names in frame[frame["norm"].notna()].groupby("norm", sort=False)["line"]:
+        styles |= {name: figures.style_variant(norm, number) for number, name in enumerate(names.unique())}
     for ax, size in zip(axes, sizes, strict=True):
-        for norm in norms:
-            own = frame[(frame["batch_size"] == size) & (frame["norm"] == norm)]
-            style = figures.style_norm(norm)
+        for name, style in styles.items():
+            own = frame[(frame["batch_size"] == size) & (frame["line"] == name)]
             mean = own[own["status"] == "done"].groupby("base_lr")["val_error"].mean().sort_index()
-            ax.plot(mean.index, mean, **asdict(style))
+            ax.plot(mean.index, mean, **style)
             lost = sorted(own.loc[own["status"] == "diverged", "base_lr"].unique())
             legal = mean.drop(lost, errors="ignore")
             if len(legal):
-                ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgecolor": style.color}
+                ring = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgecolor": style["color"]}
                 ax.plot([legal.idxmin()], [legal.min()], linestyle="", **ring)
-            cross = {"linestyle": "", "marker": "x", "markersize": 6, "markeredgewidth": 1.5, "color": style.color}
+            cross = {"linestyle": "", "marker": "x", "markersize": 6, "markeredgewidth": 1.5, "color": style["color"]}
             ax.plot(lost, [0.98] * len(lost), **cross, transform=ax.get_xaxis_transform())
         ax.set_xscale("log", base=2)
         ax.set_xticks(rates, labels=[f"{rate:g}" for rate in rates], rotation=45)
         ax.minorticks_off()
         ax.set(title=f"batch size {size}", xlabel="base learning rate")
     axes[0].set_ylabel("held-out error (%)")
-    figures.add_legend(axes[-1], [(label_norm(norm), asdict(figures.style_norm(norm))) for norm in norms])
-    notes = ["Error after the last epoch; ringed: the least, which sweep=tuned takes."]
-    notes += [figures.ONE_SEED if figures.has_one_seed(frame) else "Means over seeds."]
+    figures.add_legend(axes[-1], list(styles.items()))
+    notes = ["Error after the last epoch; ringed: the least, which sweep=tuned takes.", figures.describe_seeds(frame)]
     notes += ["Crosses: a run diverged."] if (frame["status"] == "diverged").any() else []
     figures.add_figure_note(axes[0].figure, [*notes, figures.describe_runs(frame), *name_gaps(frame)])
     return axes
 
 
-def _name_panels(rows: pd.DataFrame) -> list[str]:
-    """The label of each row but for its frozen epochs, which are a line of the panel."""
+def _name_without(rows: pd.DataFrame, key: str) -> list[str]:
+    """The label of each row without one key of its setting, by which lines or points differ."""
     names = []
     for label, setting in zip(rows["label"], rows["setting"], strict=True):
-        rest = ", ".join(part for part in setting.split(", ") if not part.startswith("frozen_epochs="))
+        rest = ", ".join(part for part in setting.split(", ") if not part.startswith(f"{key}="))
         names.append(label.removesuffix(f" [{setting}]") + (f" [{rest}]" if rest else ""))
     return names
 

@@ -15,6 +15,7 @@ from gnbench.record import (
     RECORD,
     STATUSES,
     WRONG_KIND,
+    count_reported,
     load_record,
     name_wrong_kind,
 )
@@ -79,10 +80,19 @@ def _check_run(place: Path) -> list[str]:
 def _check_files(place: Path) -> list[str]:
     names = sorted(path.name for path in place.iterdir())
     sentences = [f"{name} was set aside as damaged" for name in names if CORRUPT in name]
-    sentences += [f"{name} was never finished" for name in names if name.startswith(".") and name.endswith(PART)]
+    parts = [name for name in names if name.startswith(".") and name.endswith(PART)]
+    if parts and not is_held(place):  # else a process is about to finish them
+        sentences += [f"{name} was never finished" for name in parts]
     for name in names:
-        if name.endswith(".pt") and unseal((place / name).read_bytes()) is None:
-            sentences.append(f"{name} does not match its checksum")
+        if name.endswith(".pt"):
+            try:
+                whole = unseal((place / name).read_bytes()) is not None
+            except FileNotFoundError:  # its run has replaced it since
+                continue
+            except OSError as error:
+                sentences.append(f"{name} cannot be read ({error.strerror})")
+                continue
+            sentences += [] if whole else [f"{name} does not match its checksum"]
     return sentences
 
 
@@ -122,7 +132,8 @@ def _check_numbers(record: dict) -> list[str]:
     if result is None or not history:
         return ["is done, without a result or without a history"]
     sentences = _check_length(record["config"], history)
-    errors = [row["test_error"] for row in history[-record["config"]["report_epochs"] :]]
+    num_reported = count_reported(record["config"]["report_epochs"], record["config"].get("frozen_epochs"))
+    errors = [row["test_error"] for row in history[-num_reported:]]
     for key, expected in (("test_error", statistics.median(errors)), ("final_test_error", errors[-1])):
         if not math.isclose(result[key], expected, abs_tol=1e-9):
             sentences.append(f"{key} is {result[key]}, by its history {expected}")

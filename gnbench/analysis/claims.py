@@ -27,7 +27,7 @@ from gnbench.analysis.statistics import (
     seeds_needed_for_equivalence,
     values_by_seed,
 )
-from gnbench.analysis.table import count_norm_batches, find_groups, label_norm, rank_norm, slice_axis
+from gnbench.analysis.table import count_norm_batches, find_groups, label_norm, slice_axis
 from gnbench.words import number_of
 
 HOLDS, FAILS, OPEN, NOT_TESTED = "holds", "does not hold", "cannot tell yet", "not tested"
@@ -155,17 +155,26 @@ class Grid:
             self.per_update = 1.0
 
     def pick(self, norm: str) -> pd.DataFrame:
-        """The runs of a norm on the axis: of its variants, that with the most batch sizes.
+        """The runs of a norm, or of one label, on the axis: of its variants, that with the most batch sizes.
 
         Raises:
             NotTested: there are none.
         """
-        rows = self.rows[self.rows["norm"] == norm]
+        rows = self._find(norm)
         if rows.empty:
             workers = "" if self.per_update == 1 else f"{self.per_update:g} · "
             where = f" with batch_size = {workers}norm_batch_size" if (self.frame["norm"] == norm).any() else ""
             raise NotTested(f"{label_norm(norm)} has no run{where}")
         return rows[rows["label"] == rows.groupby("label", sort=False)["batch_size"].nunique().idxmax()]
+
+    def _find(self, norm: str) -> pd.DataFrame:
+        return self.rows[(self.rows["norm"] == norm) | (self.rows["label"] == norm)]
+
+    def _find_rivals(self, norm: str) -> str:
+        """Why none of a norm's variants is the norm: several have the most batch sizes. Nothing where one has."""
+        counts = self._find(norm).groupby("label", sort=False)["batch_size"].nunique()
+        most = list(counts.index[counts == counts.max()])
+        return f"{label_norm(norm)} is one of {', '.join(most)}: --where chooses" if len(most) > 1 else ""
 
     def sizes(self, norm: str) -> list[int]:
         """Images that share statistics (for other norms: that would), falling."""
@@ -182,11 +191,13 @@ class Grid:
         norm_batch_size = size if rows["norm_batch_size"].notna().any() else None
         name = name_cell(rows["label"].iloc[0], batch_size, norm_batch_size)
         is_there = (rows["batch_size"] == batch_size) & (rows["norm_batch_size"].fillna(size) == size)
-        return make_cell(rows[is_there], name, measure)
+        cell = make_cell(rows[is_there], name, measure)
+        return replace(cell, problem=cell.problem or self._find_rivals(norm))
 
     def list_others(self) -> list[str]:
-        """The norms on the axis beside BN and GN, in the order of every table; none is not one."""
-        return sorted(set(self.rows["norm"].dropna()) - {*RIVALS, "none"}, key=rank_norm)
+        """The labels on the axis beside those of BN and GN, in the order of every table; no norm is not one."""
+        others = self.rows["norm"].notna() & ~self.rows["norm"].isin([*RIVALS, "none"])
+        return list(self.rows.loc[others, "label"].unique())
 
     def others(self, rival: str, size: int) -> dict[str, Part]:
         """How far each of them is below `rival` at a size, where both can be judged, corrected after Holm."""
@@ -281,7 +292,9 @@ def decide(parts: Sequence[Part]) -> Finding:
     else:
         verdict = OPEN
     told = "; ".join(part.tell() for part in parts)
-    return _report(verdict, _choose_part(parts, verdict), told, lambda: _count_seeds(parts))
+    against = [part for part in parts if part.support < 0]  # one of them decides
+    needed = (lambda: min(part.count_seeds() for part in against)) if against else (lambda: _count_seeds(parts))
+    return _report(verdict, _choose_part(parts, verdict), told, needed)
 
 
 def judge_level(norm: str, large: int, small: int) -> Callable[[Grid, float], Finding]:
@@ -376,14 +389,14 @@ def judge_crossover(grid: Grid, _: float) -> Finding:
     between = [
         f"{low} and {high}"
         for high, low in zip(parts, list(parts)[1:], strict=False)
-        if parts[high].support > 0 > parts[low].support
+        if parts[high].support * parts[low].support < 0
     ]
     means = f"the means cross between {', '.join(between)}" if between else "the means do not cross"
     largest, smallest = parts[max(parts)], parts[min(parts)]
     ends = f"{largest.tell()}; {smallest.tell()}"
-    if bn_ahead and gn_ahead and max(bn_ahead) > max(gn_ahead):
-        upper = min(size for size in bn_ahead if size > max(gn_ahead))
-        verdict, detail = HOLDS, f"the crossover lies between {max(gn_ahead)} and {upper} ({means}); {ends}"
+    if bn_ahead and gn_ahead and min(bn_ahead) > max(gn_ahead):
+        verdict = HOLDS
+        detail = f"the crossover lies between {max(gn_ahead)} and {min(bn_ahead)} ({means}); {ends}"
     elif len(bn_ahead) == len(parts) or len(gn_ahead) == len(parts) or (bn_ahead and gn_ahead):
         verdict, detail = FAILS, f"{means}; {ends}"
     else:
@@ -517,16 +530,16 @@ STATEMENTS = (  # statement, its test, where it is made
 def state_others(grid: Grid) -> list[tuple[str, Callable[[Grid, float], Finding], str]]:
     """What is asked of every other norm: is it level over its sizes, and ahead of BN and GN at its smallest?"""
     stated = []
-    for norm in grid.list_others():
-        sizes, label = grid.sizes(norm), grid.pick(norm)["label"].iloc[0].replace("{", "{{").replace("}", "}}")
+    for label in grid.list_others():
+        sizes, name = grid.sizes(label), label.replace("{", "{{").replace("}", "}}")
         large, small = sizes[0], sizes[-1]
         if large > small:
-            level = f"{label}'s test error is level from batch size {large} to {small}: within {{margin}}."
-            stated.append((level, judge_level(norm, large, small), OF_ANY))
+            level = f"{name}'s test error is level from batch size {large} to {small}: within {{margin}}."
+            stated.append((level, judge_level(label, large, small), OF_ANY))
         for rival in RIVALS:
             if (grid.rows["norm"] == rival).any() and small in grid.sizes(rival):
-                beats = f"{label} beats {label_norm(rival)} at batch size {small}."
-                stated.append((beats, judge_other(norm, rival, small), OF_ANY))
+                beats = f"{name} beats {label_norm(rival)} at batch size {small}."
+                stated.append((beats, judge_other(label, rival, small), OF_ANY))
     return stated
 
 

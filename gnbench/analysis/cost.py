@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 
 from gnbench.analysis import figures, table
 from gnbench.analysis.statistics import summarize
-from gnbench.words import number_of
+from gnbench.words import has_value, number_of
 
 COLUMNS = (  # of cost.csv
     *("norm", "variant", "setting", "label", "batch_size", "norm_batch_size", "num_groups", "channels_per_group"),
@@ -55,13 +55,13 @@ AWAY = 1.5  # square points of a bar that a label may cover rather than stand a 
 DISTANCES = (4, 8, 14, 20, 28, 38)  # points
 
 
-def load(*directories: Path | str) -> pd.DataFrame:
+def load(*directories: Path | str, where: str | None = None) -> pd.DataFrame:
     """The measurements of cost in one or more directories, a row each: no row where there are none.
 
     Raises:
-        UserError: a directory does not exist or holds no records.
+        UserError: a directory does not exist or holds no records, or `where` is no condition.
     """
-    costs = table.load(*directories, measure="cost")
+    costs = table.load(*directories, measure="cost", where=where)
     return costs.reindex(columns=list(dict.fromkeys([*costs.columns, *COLUMNS])))
 
 
@@ -69,10 +69,14 @@ def name_gaps(costs: pd.DataFrame) -> list[str]:
     """Sentences on measurements that are not finished."""
     lost = costs[costs["status"] != "done"]
     return [
-        f"cost of {row.label or row.run} at batch size {row.batch_size}: {row.status}"
+        f"cost of {row.label or row.run}{_name_place(row.batch_size)}: {row.status}"
         + (f", {row.cause}" if isinstance(row.cause, str) else "")
         for row in lost.itertuples()
     ]
+
+
+def _name_place(batch_size: object) -> str:
+    return f" at batch size {batch_size}" if has_value(batch_size) else ""  # of a record that cannot be read
 
 
 def headline(costs: pd.DataFrame, most: int = 4) -> str:
@@ -92,7 +96,8 @@ def list_facts(costs: pd.DataFrame) -> list[tuple[str, str]]:
     """(name, value) of what a reader must know before believing a number."""
     counts = ", ".join(f"{count} {status}" for status, count in costs["status"].value_counts(sort=False).items())
     readable = costs[costs["status"] != "unreadable"]
-    machines = readable[["device", "processor", "torch", "num_threads"]].drop_duplicates().astype("string").fillna("?")
+    told = readable.astype({"num_threads": "Int64"})[["device", "processor", "torch", "num_threads"]]
+    machines = told.drop_duplicates().astype("string").fillna("?")
     rounds = readable[["cost_rounds", "cost_round_s"]].drop_duplicates()
     values = [
         ("Measurements of cost", f"{len(costs)}: {counts}"),
@@ -415,7 +420,7 @@ def _describe(done: pd.DataFrame) -> str:
         "data": "{} images".format,
         "precision": str,
         "memory_format": "memory format {}".format,
-        "num_threads": lambda number: number_of(number, "thread"),
+        "num_threads": lambda number: number_of(int(number), "thread"),
         "device": str,
     }
     values = {key: done[key].dropna().unique() for key in forms}

@@ -195,7 +195,7 @@ def _lay_out(frame: pd.DataFrame) -> _Layout:
     hidden = [str(size) for size in sizes if size not in chosen]
     more = f"Not shown: {figures.name_axis(x)} {', '.join(hidden)}" if hidden else ""
     every = one_row_a_run(frame)
-    means = figures.ONE_SEED if figures.has_one_seed(every) else MEANS
+    means = figures.describe_seeds(every, MEANS)
     return _Layout(kept, columns, [means, figures.describe_runs(every, x), left_out, more, *name_gaps(every)])
 
 

@@ -12,9 +12,10 @@ import functools
 import hashlib
 import io
 import math
+import re
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -28,7 +29,14 @@ from matplotlib.markers import CARETDOWN, CARETUP
 from matplotlib.ticker import MaxNLocator
 
 from gnbench.analysis.statistics import name_gaps, summarize
-from gnbench.analysis.table import find_groups, label_norm, one_row_a_run, place_cells, slice_axis
+from gnbench.analysis.table import (
+    count_reported_epochs,
+    find_groups,
+    label_norm,
+    one_row_a_run,
+    place_cells,
+    slice_axis,
+)
 from gnbench.files import write_atomic
 from gnbench.words import number_of
 
@@ -73,10 +81,10 @@ MOST_COLUMNS = 5  # of panels
 MOST_LINES = 8  # in one panel that can still be told apart
 FAMILIAR = ("bn", "gn")
 CURVES_NOTE = "Bold: mean over finished runs; thin: each seed."
-ONE_SEED = "n = 1 seed."
 CROP_NOTE = "The first epochs go on beyond the upper edge."
 LEVEL_NOTE = (
-    "Level, with its seeds at the end: a norm that looks at one image at a time, trained once for the whole axis."
+    "Level, with its seeds at the end: a norm that looks at one image at a time, or always at the whole batch; trained "
+    "once for the whole axis."
 )
 CUT_NOTE = "Arrowheads: an interval goes on beyond 0 or 100 %."
 REFERENCE_NOTE = "Light and hollow: published by others, with other data or recipes, against images per worker."
@@ -136,17 +144,21 @@ def style_lines(frame: pd.DataFrame) -> dict[str, dict]:
     styles = {}
     readable = frame[frame["norm"].notna()]
     for norm, labels in readable.groupby("norm", sort=False)["label"]:
-        style = style_norm(norm)
-        start = LINESTYLES.index(style.linestyle)
-        for number, label in enumerate(labels.unique()):
-            styles[label] = {
-                "color": _shade(style.color, number) if number else style.color,
-                "marker": style.marker,
-                "linestyle": LINESTYLES[(start + number) % len(LINESTYLES)],
-                "fillstyle": FILLS[number % len(FILLS)],
-                "markerfacecoloralt": "white",
-            }
+        styles |= {label: style_variant(norm, number) for number, label in enumerate(labels.unique())}
     return styles
+
+
+def style_variant(norm: str, number: int) -> dict:
+    """Keyword arguments of `Line2D` for the `number`-th line of a norm, from 0: its own style, then others like it."""
+    style = style_norm(norm)
+    start = LINESTYLES.index(style.linestyle)
+    return {
+        "color": _shade(style.color, number) if number else style.color,
+        "marker": style.marker,
+        "linestyle": LINESTYLES[(start + number) % len(LINESTYLES)],
+        "fillstyle": FILLS[number % len(FILLS)],
+        "markerfacecoloralt": "white",
+    }
 
 
 def styled(draw: Callable) -> Callable:
@@ -196,8 +208,8 @@ def error_vs_batch_size(
             _draw_cells(ax, cells.assign(x=cells["x"] * 2**octaves), kept, styles[label], aside=0.5 * gap)
         else:
             _draw_level(ax, cells, kept, positions, styles[label])
-    keep_to_percent(ax)
     _draw_reference(ax, published, sources)
+    keep_to_percent(ax)
     set_log2_axis(ax, positions, decreasing)
     ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS["test_error"])
     add_legend(ax, [*((label, styles[label]) for label in labels), *sources.items()])
@@ -342,17 +354,16 @@ def error_vs_groups(
     rows = frame[frame["batch_size"] == batch_size]
     panels = [key for key in GROUP_LABELS if rows.loc[rows["norm"] == "gn", key].nunique() > 1]
     axes = new_axes(len(panels), (1.8 + 3.25 * len(panels), 3.6), sharey=True) if axes is None else axes
-    handles = {}
+    handles, settings = {}, list(rows["setting"].unique())
     for ax, key in zip(axes, panels, strict=True):
         extreme = {"num_groups": "ln", "channels_per_group": "in"}[key]
         extreme_rows = rows[rows["norm"] == extreme]
         own = rows[(rows["norm"] == "gn") & rows[key].notna()]
         drawn = pd.concat([own, extreme_rows.assign(**{key: 1})])
-        for norm in drawn["norm"].unique():
-            line = asdict(style_norm(norm))
-            cells = summarize(drawn[drawn["norm"] == norm])
-            _draw_cells(ax, cells.assign(x=cells[key].astype(float)), drawn, line, aside=-0.13)
-            handles[label_norm(norm)] = line
+        for (norm, setting), runs in drawn.groupby(["norm", "setting"], sort=False):
+            line, cells = style_variant(norm, settings.index(setting)), summarize(runs)
+            _draw_cells(ax, cells.assign(x=cells[key].astype(float)), runs, line, aside=-0.13)
+            handles[label_norm(norm) + (f" [{setting}]" if setting else "")] = line
         set_log2_axis(ax, sorted(drawn[key].dropna().unique()), decreasing=True)
         ax.set_xlabel(GROUP_LABELS[key])
     add_legend(axes[-1], list(handles.items()))
@@ -371,14 +382,14 @@ def describe_lines(summary: pd.DataFrame) -> str:
     return f"{describe_means(summary)}{dots}.{describe_cuts(summary)}{crosses}"
 
 
-def has_one_seed(frame: pd.DataFrame) -> bool:
-    """Whether no cell has a second seed, so that a mean is the run itself."""
-    return not frame.groupby("cell")["seed"].nunique().max() > 1
+def describe_seeds(frame: pd.DataFrame, means: str = "Means over seeds.") -> str:
+    """`means`, or that there is one seed where no cell has a second one, so that a mean is the run itself."""
+    return means if frame.groupby("cell")["seed"].nunique().max() > 1 else "n = 1 seed."
 
 
 def describe_curves(frame: pd.DataFrame, columns: Sequence[str], is_cropped: bool) -> list[str]:
     """What the lines of curves are, where the axis ends early, and which column was measured at one epoch alone."""
-    notes = [ONE_SEED if has_one_seed(frame) else CURVES_NOTE]
+    notes = [describe_seeds(frame, CURVES_NOTE)]
     notes += [CROP_NOTE] * is_cropped
     for column in columns:
         epochs = frame.loc[frame[column].notna(), "epoch"].unique()
@@ -390,10 +401,7 @@ def describe_curves(frame: pd.DataFrame, columns: Sequence[str], is_cropped: boo
 
 def describe_test_error(frame: pd.DataFrame) -> str:
     """Which number of a run `test_error` is, where it is not that of the last epoch."""
-    done = frame[frame["status"] == "done"]
-    if "report_epochs" not in done:
-        return ""
-    counts = sorted(done[["report_epochs", "epochs_done"]].min(axis="columns").dropna().astype(int).unique())
+    counts = count_reported_epochs(frame)
     told = " or ".join(map(str, counts))
     return "" if counts in ([], [1]) else f"A run's test error: the median over its last {told} epochs."
 
@@ -491,8 +499,10 @@ def name_axis(x: str) -> str:
 
 
 def wrap_label(label: str, width: int = LEGEND_WIDTH) -> str:
-    """A label in lines of at most `width` characters."""
-    return textwrap.fill(label, width, break_on_hyphens=False)
+    """A label in lines of at most `width` characters, broken between words or after a dot in a config key."""
+    wrapper = textwrap.TextWrapper(width, break_on_hyphens=False)
+    wrapper.wordsep_simple_re = re.compile(r"(\s+|(?<=\.)(?=[a-z]))")
+    return wrapper.fill(label)
 
 
 def add_legend(ax: Axes, lines: Sequence[tuple[str, dict]], **options: object) -> None:
@@ -556,7 +566,7 @@ def _draw_cells(ax: Axes, cells: pd.DataFrame, frame: pd.DataFrame, line: dict, 
     thin = {"capsize": 2.5, "elinewidth": 1, "markeredgewidth": 1.2}
     ax.errorbar(finished["x"], finished["mean"], yerr=np.nan_to_num(bars), **line, **thin, zorder=3)
     mark_cuts(ax, finished, line["color"])
-    done = frame[frame["status"] == "done"].merge(finished[["cell", "x"]], on="cell")
+    done = frame[frame["status"] == "done"].merge(finished.loc[finished["n"] > 1, ["cell", "x"]], on="cell")
     octaves = aside * (1 + _spread(done))
     dot = {"linestyle": "", "marker": "o", "markersize": 3, "markeredgewidth": 0.5, "markeredgecolor": "white"}
     ax.plot(done["x"] * 2**octaves, done["test_error"], **dot, color=line["color"], zorder=4)

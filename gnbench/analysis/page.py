@@ -12,6 +12,7 @@ import pandas as pd
 from gnbench.analysis import behind_errors, cost, diagnostics, figures, statistics, table
 from gnbench.analysis.claims import NOT_TESTED, claims
 from gnbench.configs import choices, describe_norm
+from gnbench.errors import UserError
 from gnbench.files import write_atomic
 from gnbench.record import TOGETHER
 from gnbench.words import has_value, number_of
@@ -56,8 +57,8 @@ NORM_COLUMNS = {
     "source": "source",
 }
 TIME_NOTE = (
-    "Where several seeds were trained as one network (the engine of a run says so), each one's time is that of the "
-    "whole process and its images/s are its own share: the process trained as many times more as it had seeds."
+    "Where several seeds were trained as one network (the engine of a run says so), each one's time is its share of "
+    "the process's, and its images/s are those of the whole process."
 )
 DECIMALS = {"time_s": 0, "images_per_s": 0, "peak_memory_mb": 0}
 
@@ -68,6 +69,7 @@ def write_report(
     decreasing: bool = True,
     reference: bool = False,
     margin: float = 1.0,
+    where: str | None = None,
     refresh_s: int | None = None,
 ) -> tuple[list[Path], str]:
     """Write everything into `out`; returns the paths written and the headline.
@@ -76,12 +78,15 @@ def write_report(
         decreasing: batch sizes run from the largest to the smallest.
         reference: numbers of others lie behind ours.
         margin: points of error that count as a change in the claims.
+        where: the runs that are wanted, as in `table.load`.
         refresh_s: seconds after which a browser is to load the page anew.
 
     Raises:
-        UserError: a directory holds no records, or `out` cannot be written.
+        UserError: a directory holds no records, `where` is no condition or fits none, or `out` cannot be written.
     """
-    frame, costs, curves_frame = table.load(*directories), cost.load(*directories), table.curves(*directories)
+    frame, costs, curves_frame = (load(*directories, where=where) for load in (table.load, cost.load, table.curves))
+    if {*frame["status"], *costs["status"]} <= {"unreadable"} and where is not None:
+        raise UserError(f"--where {where!r} fits none of the runs")
     tables = make_tables(frame, costs, curves_frame, margin)
     written = []
     for name, content in tables.items():
@@ -96,7 +101,7 @@ def write_report(
         written += paths
     images = [(title, _encode(out / f"{name}.svg")) for name, (title, _) in drawn.items()]
     written.append(out / "report.html")
-    write_atomic(written[-1], render_page(frame, costs, tables, images, refresh_s).encode())
+    write_atomic(written[-1], render_page(frame, costs, tables, images, where, refresh_s).encode())
     return written, headline(frame) if len(frame) else cost.headline(costs)
 
 
@@ -175,8 +180,6 @@ def tabulate_norms(frame: pd.DataFrame) -> pd.DataFrame:
 
     gnbench's own norms say it in their files; another one is told by its import path and the hash of its source.
     """
-    import pandas as pd
-
     keys = ["norm", "norm._target_", "norm.source"]
     readable = frame[frame["status"] != "unreadable"].reindex(columns=[*dict.fromkeys([*frame.columns, *keys])])
     return pd.DataFrame(
@@ -208,7 +211,7 @@ def headline(frame: pd.DataFrame) -> str:
     clauses, cells, has_interval = [], [], False
     for label in summary["label"].unique():
         rows = summary[summary["label"] == label]
-        subject = f"{label}'s" if cells else f"{label}'s test error"
+        subject = _name_error(label, is_first=not cells)
         clause, used = _tell_change((label, subject), rows, kept, x, (sizes[0], sizes[-1]))
         clauses.append(clause)
         cells += used
@@ -224,6 +227,7 @@ def render_page(
     costs: pd.DataFrame,
     tables: dict,
     images: Sequence[tuple[str, str]],
+    where: str | None = None,
     refresh_s: int | None = None,
 ) -> str:
     """The HTML page: needs nothing from outside itself; whatever comes from records is escaped."""
@@ -232,7 +236,8 @@ def render_page(
     )
     unfinished = frame[frame["status"] != "done"]
     statements = _format_claims(tables["claims"])
-    facts = (list_facts(frame) if len(frame) else []) + (cost.list_facts(costs) if len(costs) else [])
+    facts = [("Shown", f"the runs with {where}")] if where else []
+    facts += (list_facts(frame) if len(frame) else []) + (cost.list_facts(costs) if len(costs) else [])
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         refresh=REFRESH.format(refresh_s) if refresh_s else "",
         headline=headline(frame) if len(frame) else cost.headline(costs),
@@ -247,6 +252,7 @@ def render_page(
         runs=_format(frame, RUN_COLUMNS),
         num_runs=number_of(len(frame), "run"),
         num_not_tested=number_of(sum(not row["is_tested"] for row in statements), "statement"),
+        test_error_note=f"Test error: {_describe_test_error(frame)}, never the best.",
         time_note=TIME_NOTE if frame["engine_used"].astype("string").str.contains(TOGETHER).any() else "",
     )
 
@@ -281,6 +287,14 @@ def list_facts(frame: pd.DataFrame) -> list[tuple[str, str]]:
         ("Test error", f"percent, top-1; {_describe_test_error(readable)}"),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _name_error(label: str, is_first: bool) -> str:
+    """Whose error it is: BN's test error at first, then GN's; a network without norms has no possessive."""
+    none = table.label_norm("none")
+    if label.startswith(none):
+        return f"the test error without a norm{label.removeprefix(none)}"
+    return f"{label}'s test error" if is_first else f"{label}'s"
 
 
 def _headline_of_one_size(summary: pd.DataFrame, place: str) -> str:
@@ -416,10 +430,7 @@ def _describe_norms(frame: pd.DataFrame) -> list[str]:
 
 
 def _describe_test_error(frame: pd.DataFrame) -> str:
-    if "report_epochs" not in frame:
-        return "of a run, the median over its last epochs"
-    done = frame[frame["status"] == "done"]
-    counts = sorted(done[["report_epochs", "epochs_done"]].min(axis="columns").dropna().astype(int).unique())
+    counts = table.count_reported_epochs(frame)
     if counts == [1]:
         return "of the last epoch"
     return f"of a run, the median over its last {' or '.join(map(str, counts))} epochs".replace("  ", " ")

@@ -20,12 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 if --check found fault, 2 with a sentence where DIR cannot be used."""
     options = make_parser().parse_args(argv)
     try:
+        if options.check and options.where is not None:
+            raise UserError("--check looks at all runs of its directories: it takes no --where")
         if options.check:
             return _print_check(options.directories)
         if len(options.directories) > 1 and options.out is None:
             raise UserError("--out is needed with more than one directory: it says where the report goes")
+        if options.where is not None and options.out is None:
+            raise UserError("--out is needed with --where: the directory's own report is of all its runs")
         out = Path(options.out or options.directories[0])
-        how = (options.decreasing, options.reference, check_margin(options.margin))
+        how = (options.decreasing, options.reference, check_margin(options.margin), options.where)
         if options.watch is not None:
             return _watch(options.directories, out, options.watch, how)
         paths, sentence = _import_page().write_report(options.directories, out, *how)
@@ -67,6 +71,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("directories", nargs="+", metavar="DIR", help="holds runs, as DIR/<run>/record.json")
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: the directory itself)")
+    parser.add_argument(
+        "--where",
+        metavar="QUERY",
+        help="only the runs that fit a condition in pandas' words on the columns of gnbench.load: "
+        "\"norm in ['bn', 'gn'] and batch_size > 2\"",
+    )
     order = parser.add_mutually_exclusive_group()
     order.add_argument(
         "--decreasing", action="store_true", default=True, help="from the largest batch to the smallest (the default)"

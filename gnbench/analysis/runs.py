@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from gnbench.analysis.watch import add_watch, watch_runs
 from gnbench.console import as_command
-from gnbench.errors import UserError, first_line
+from gnbench.errors import UserError
 from gnbench.lock import held, is_held
 from gnbench.record import LOCK, RECORD, load_record
 from gnbench.words import has_value, number_of
@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--delete and --rerun need --where, which says what is deleted; --where True is every run")
         if options.watch is not None:
             return _watch(options.directories, options.watch, options.where)
+        from gnbench.analysis import table
+
         frame = load_runs(options.directories)
-        chosen = choose_runs(frame, options.where)
+        chosen = table.choose(frame, options.where)
         if chosen.empty:
             print(f"gnbench-runs: none of the {number_of(len(frame), 'run')} fits", file=sys.stderr)
             return 0
@@ -113,25 +115,6 @@ def load_runs(directories: Sequence[Path | str]) -> "pd.DataFrame":
     return pd.concat(told, ignore_index=True).reindex(columns=columns)
 
 
-def choose_runs(frame: "pd.DataFrame", where: str | None) -> "pd.DataFrame":
-    """The rows for which the condition `where` is true, all of them where there is none.
-
-    Raises:
-        UserError: it cannot be read, or is no condition on the frame's columns.
-    """
-    if where is None:
-        return frame
-    try:
-        fits = frame.eval(where, engine="python", local_dict={}, global_dict={})
-    except Exception as error:  # pandas raises errors of many kinds
-        raise UserError(f"--where {where!r} is no condition on these runs: {first_line(error)}") from error
-    if isinstance(fits, bool):
-        return frame if fits else frame.iloc[:0]
-    if getattr(fits, "dtype", None) not in ("bool", "boolean"):
-        raise UserError(f"--where {where!r} is no condition: it is to be true or false of each run, as batch_size == 2")
-    return frame[fits]
-
-
 def delete_run(place: Path) -> None:
     """Delete the directory of a run, with all that it holds.
 
@@ -195,7 +178,9 @@ def _print_comparison(chosen: "pd.DataFrame") -> int:
     ]
     numbers = [key for key in chosen if _is_measured(key) and readable[key].notna().any()]
     numbers = [key for key in numbers if not key.endswith(("_low", "_high"))]
-    _print_table([{key: row[key] for key in ("run", *keys, "status", *numbers)} for row in _rows(readable)])
+    several = chosen["directory"].nunique() > 1
+    rows = [{**row, "run": str(_place(row)) if several else row["run"]} for row in _rows(readable)]
+    _print_table([{key: row[key] for key in ("run", *keys, "status", *numbers)} for row in rows])
     differ, their = ("differs", "its") if len(readable) == 1 else ("differ", "their")
     what = ", ".join(keys) or f"nothing of {their} config"
     print(f"\n{number_of(len(readable), 'run')}, which {differ} in {what}")

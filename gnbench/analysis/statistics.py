@@ -137,7 +137,8 @@ def power_of_t_test(n: int, effect: float, sd: float, alpha: float = ALPHA, pair
     df, shift = (n - 1, math.sqrt(n)) if paired else (2 * n - 2, math.sqrt(n / 2))
     shift *= abs(effect) / sd
     limit = stats.t.ppf(1 - alpha / 2, df)
-    return float(stats.nct.sf(limit, df, shift) + stats.nct.cdf(-limit, df, shift))
+    # The lower tail by symmetry: scipy's nct.cdf is NaN there for a large shift.
+    return float(stats.nct.sf(limit, df, shift) + stats.nct.sf(limit, df, -shift))
 
 
 def power_of_equivalence(n: int, difference: float, margin: float, sd: float) -> float:
@@ -252,14 +253,18 @@ def _first_sufficient(is_enough: Callable[[int], bool], most: int = 10**6) -> fl
 
 
 def _name_cell_gaps(grid: pd.DataFrame) -> list[str]:
-    """Cells that have runs, but not all of them finished or not all the seeds of the grid."""
+    """Cells that have runs, but not all of them finished or not all the seeds of the grid; lines without some seed."""
     seeds = set(grid["seed"])
-    sentences = []
+    sentences, fewer = [], {}
+    for label, line in grid.groupby("label", sort=False):
+        if line["cell"].nunique() > 1 and seeds - set(line["seed"]):
+            fewer[label] = seeds - set(line["seed"])
+            sentences.append(f"{label}: no run of seed {_list(fewer[label])}")
     for _, rows in grid.groupby("cell", sort=False):
         parts = []
         for status, runs in rows[rows["status"] != "done"].groupby("status"):
             parts.append(f"{len(runs)} of {number_of(len(rows), 'run')} {status} (seed {_list(runs['seed'])})")
-        absent = sorted(seeds - set(rows["seed"]))
+        absent = seeds - set(rows["seed"]) - fewer.get(rows.iloc[0]["label"], set())
         if absent:
             parts.append(f"no run of seed {_list(absent)}")
         if parts:

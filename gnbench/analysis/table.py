@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gnbench.errors import UserError
+from gnbench.errors import UserError, first_line
 from gnbench.record import NOT_IDENTITY, WRONG_KIND, find_runs, is_number, load_record, name_wrong_kind
-from gnbench.words import distinguish
+from gnbench.words import as_typed, distinguish
 
 REFERENCE = Path(__file__).with_name("reference.csv")
 NORM_LABELS = {  # in the order of every table
@@ -73,7 +73,7 @@ OF_STATISTICS = ("precise_images", "frozen_epochs")  # keys that only batch stat
 AXES = ("batch_size", "norm_batch_size")
 
 
-def load(*directories: Path | str, measure: str | None = "error") -> pd.DataFrame:
+def load(*directories: Path | str, measure: str | None = "error", where: str | None = None) -> pd.DataFrame:
     """The runs of one or more sweep directories (`directory/<run>/record.json`) as a frame, a row a run.
 
     `cell` is a digest of all of a run's config but its seed and how it was executed: rows with the same cell are the
@@ -85,22 +85,23 @@ def load(*directories: Path | str, measure: str | None = "error") -> pd.DataFram
     Args:
         measure: "error" is trainings; "cost" is measurements of cost (`COSTS`), no row where there are none; None is
             both, for lists.
+        where: the runs that are wanted, as a condition on the columns ("norm in ['bn', 'gn']"); see `choose`.
 
     Raises:
-        UserError: a directory does not exist or holds no records.
+        UserError: a directory does not exist or holds no records, or `where` is no condition.
     """
-    return _tabulate(directories, measure).drop(columns="history")
+    return _tabulate(directories, measure, where).drop(columns="history")
 
 
-def curves(*directories: Path | str) -> pd.DataFrame:
+def curves(*directories: Path | str, where: str | None = None) -> pd.DataFrame:
     """The same runs, a row an epoch: what a run is (the first columns of `load`), and the history of its record.
 
     A run without a finished epoch is one row whose `epoch` is NaN.
 
     Raises:
-        UserError: a directory does not exist or holds no records.
+        UserError: a directory does not exist or holds no records, or `where` is no condition.
     """
-    runs = _tabulate(directories, "error")[[*IDENTITY, "status", "cause", "cell", "sweep", "run", "history"]]
+    runs = _tabulate(directories, "error", where)[[*IDENTITY, "status", "cause", "cell", "sweep", "run", "history"]]
     runs = runs.explode("history", ignore_index=True)
     entries = [entry if isinstance(entry, dict) else {} for entry in runs["history"]]
     epochs = pd.DataFrame(entries, index=runs.index)
@@ -108,6 +109,25 @@ def curves(*directories: Path | str) -> pd.DataFrame:
     epochs = epochs[[key for key in epochs if key not in runs]]
     plain = [key for key in epochs if not epochs[key].map(lambda value: isinstance(value, list | dict)).any()]
     return runs.drop(columns="history").join(epochs.assign(**epochs[plain].apply(pd.to_numeric, errors="coerce")))
+
+
+def choose(frame: pd.DataFrame, where: str | None) -> pd.DataFrame:
+    """The rows for which `where` is true, a condition in pandas' words on the columns; all of them where it is None.
+
+    Raises:
+        UserError: it cannot be read, or is no condition on the frame's columns.
+    """
+    if where is None:
+        return frame
+    try:
+        fits = frame.eval(where, engine="python", local_dict={}, global_dict={})
+    except Exception as error:  # pandas raises errors of many kinds
+        raise UserError(f"--where {where!r} is no condition on these runs: {first_line(error)}") from error
+    if isinstance(fits, bool | np.bool_):
+        return frame if fits else frame.iloc[:0]
+    if getattr(fits, "dtype", None) not in ("bool", "boolean"):
+        raise UserError(f"--where {where!r} is no condition: it is to be true or false of each run, as batch_size == 2")
+    return frame[fits]
 
 
 def slice_axis(frame: pd.DataFrame, x: str) -> tuple[pd.DataFrame, str]:
@@ -133,6 +153,14 @@ def slice_axis(frame: pd.DataFrame, x: str) -> tuple[pd.DataFrame, str]:
     left_out = len(one_row_a_run(frame[frame["batch_size"].notna() & ~stays]))
     more = f"; runs of other sizes are in the table: {left_out}" if left_out else ""
     return frame[stays], "" if plain and not left_out else f"Shown: {held}{more}."
+
+
+def count_reported_epochs(frame: pd.DataFrame) -> list[int]:
+    """Of how many last epochs the test errors of a frame's finished runs are medians, each number once, rising."""
+    keys = ["report_epochs", "frozen_epochs", "epochs_done"]
+    done = frame[frame["status"] == "done"].reindex(columns=keys)
+    counts = done[done["report_epochs"].notna()].apply(pd.to_numeric, errors="coerce").min(axis="columns")
+    return sorted(counts.dropna().astype(int).unique())
 
 
 def one_row_a_run(frame: pd.DataFrame) -> pd.DataFrame:
@@ -209,8 +237,9 @@ def choose_reference(frame: pd.DataFrame, x: str) -> pd.DataFrame:
 
 
 def label_norm(name: str) -> str:
-    """BN for bn, and so on; a norm that is not in configs/norm keeps its name."""
-    return NORM_LABELS.get(name, name)
+    """BN for bn, and so on; a norm that is not in configs/norm keeps its name, but is never called as one that is."""
+    label = NORM_LABELS.get(name, name)
+    return f"{name} (custom)" if name not in NORM_LABELS and label in NORM_LABELS.values() else label
 
 
 def rank_norm(name: str) -> tuple[int, str]:
@@ -241,25 +270,22 @@ def write_value(value: object) -> str:
     """A config value as typed: the same for 8 and 8.0, which a frame does not keep apart, and nothing for no value."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, (bool, np.bool_)):
-        return str(value).lower()
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else as_typed(value)
 
 
-def _read_directory(directory: Path | str) -> list[dict]:
-    directory = Path(directory)
+def _read_directory(directory: Path, sweep: str) -> list[dict]:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give one that holds runs (<directory>/<run>/record.json)")
     paths = find_runs(directory)
     if not paths:
         raise UserError(f"{directory}: holds no records; runs stand directly in it, as <run>/record.json")
-    rows = [_read_run(path) for path in paths]
+    rows = [_read_run(path, sweep) for path in paths]
     measures = {row["measure"] for row in rows} - {None}
     return [{**row, "measure": row["measure"] or ("cost" if measures == {"cost"} else "error")} for row in rows]
 
 
-def _read_run(path: Path) -> dict:
-    place = {"sweep": path.parent.parent.resolve().name, "run": path.parent.name}
+def _read_run(path: Path, sweep: str) -> dict:
+    place = {"sweep": sweep, "run": path.parent.name}
     try:
         return {**_flatten_record(load_record(path)), **place}
     except UserError as error:
@@ -369,12 +395,31 @@ def _read_cost(record: dict) -> dict:
     return {**formats, **{key: cost[key] if is_number(cost.get(key)) else math.nan for key in names}}
 
 
-def _tabulate(directories: tuple[Path | str, ...], measure: str | None) -> pd.DataFrame:
-    rows = [row for directory in directories for row in _read_directory(directory)]
+def _tabulate(directories: tuple[Path | str, ...], measure: str | None, where: str | None) -> pd.DataFrame:
+    rows = [row for directory, name in _name_sweeps(directories).items() for row in _read_directory(directory, name)]
+    if where is not None:
+        rows = _choose_rows(rows, where)
     rows = [row for row in rows if measure in (row["measure"], None)]
     if measure == "error":  # no column for what all have
         rows = [{key: value for key, value in row.items() if key != "measure"} for row in rows]
     return _arrange(_label(pd.DataFrame(rows, columns=None if rows else [*COLUMNS, "history"])))
+
+
+def _name_sweeps(directories: Sequence[Path | str]) -> dict[Path, str]:
+    """The directories, each once, with the name of its sweep: its last part, or the whole path where two share that."""
+    paths = {Path(directory).resolve(): directory for directory in reversed(directories)}
+    names = [path.name for path in paths]
+    return {
+        Path(directory): path.name if names.count(path.name) == 1 else str(directory)
+        for path, directory in reversed(paths.items())
+    }
+
+
+def _choose_rows(rows: list[dict], where: str) -> list[dict]:
+    """The rows that fit a condition, and those that cannot be read, of which nobody knows."""
+    frame = _arrange(_label(pd.DataFrame([{**row, "place": place} for place, row in enumerate(rows)])))
+    chosen = set(choose(frame, where)["place"])
+    return [row for place, row in enumerate(rows) if place in chosen or row["status"] == "unreadable"]
 
 
 def _label(frame: pd.DataFrame) -> pd.DataFrame:
