@@ -7,6 +7,7 @@ This module and hydra_plugins/gnbench are the only ones that see Hydra. torch is
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -22,8 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from gnbench.command_line import format_value
 from gnbench.configs import CONFIGS, choices
-from gnbench.console import INTERRUPTED, fall_silent
+from gnbench.console import fall_silent
 from gnbench.errors import SweepFailed, UserError, first_line
 from gnbench.plan import Run
 from gnbench.schema import Config, explain_unknown_key, plan
@@ -36,6 +38,8 @@ from hydra_plugins.gnbench.slurm import Slurm, SlurmConf
 
 REFUSED = 2  # exit status of a command that was refused
 FAILED = 1  # of one in which a run failed
+OF_GROUP = "Config group override must be"  # so Hydra's ValueError begins of a group's name that is no text: sweep=null
+OF_OPTIONS = "Only one of --run"  # and that of options that exclude each other, as --cfg and -m
 SEVERAL = r"(?:Ambiguous value for argument|Sweep parameters) '(.+)'"  # where -m is missing, or seems to be
 UNKNOWN_KEY = r"Could not override '([^']+)'\.\s+To append to your config use (.+)"  # as Hydra says it
 FOR_SWEEPS = {PlanConf._target_: "hydra/launcher=plan tells of", SlurmConf._target_: "hydra/launcher=slurm submits"}
@@ -46,12 +50,26 @@ for plugin in (Grid, Cores, Plan, Slurm):  # Hydra's own search for plugins does
     Plugins.instance().register(plugin)
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ends a sweep in one process; Hydra would take an Exception for the end of one run, and go on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def train_one(cfg: DictConfig) -> dict:
     """Train the run that `cfg` means, or measure its cost, and return its record. Hydra calls it, once a run."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if count_workers() > 1:
             raise UserError("torchrun trains one run, with hydra/sweeper=grid also as a sweep of one")
-        return _train(plan(cfg, in_sweep=True), progress=False)
+        try:
+            return _train(plan(cfg, in_sweep=True), progress=False)
+        except Exception as error:
+            number = getattr(error, "number", None)  # of a signal
+            if number is None or not HydraConfig.get().launcher._target_.endswith(".BasicLauncher"):
+                raise
+            raise Stopped(number) from error
     with _exit_on_error():  # here, because Hydra adds lines of its own to an error that leaves a single run
         if does := FOR_SWEEPS.get(HydraConfig.get().launcher._target_):
             raise UserError(f"{does} a sweep and this is a single run: -m makes it a sweep of one")
@@ -84,11 +102,12 @@ def _exit_on_error() -> Iterator[None]:
     """End the process with a sentence and a status; with GNBENCH_TRACEBACK=1, with the traceback."""
     try:
         yield
-    except KeyboardInterrupt:  # a sweep's launcher, or a run before its first step
+    except KeyboardInterrupt as error:  # a sweep's launcher, or a run before its first step
+        number = getattr(error, "number", signal.SIGINT)
         if rank() == FIRST:
-            print("gnbench: stopped by SIGINT", file=sys.stderr, flush=True)
+            print(f"gnbench: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(INTERRUPTED)  # sys.exit's status is lost where the interrupt met an exec(), of a dataclass say
+        os._exit(128 + number)  # sys.exit's status is lost where the interrupt met an exec(), of a dataclass say
     except BrokenPipeError:
         sys.exit(fall_silent())
     except Exception as error:
@@ -96,16 +115,14 @@ def _exit_on_error() -> Iterator[None]:
             raise
         status = _exit_status(error)
         if status == REFUSED:
-            leave_refusal_to_first()
+            leave_refusal_to_first(error)
         if rank() == FIRST or (not isinstance(error, WorkerLost) and status in (REFUSED, FAILED)):
             print(f"gnbench: {_sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(status)
 
 
 def _exit_status(error: Exception) -> int:
-    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
-        return REFUSED
-    if _is_of_group(error) or _is_of_options(error):
+    if isinstance(error, (UserError, HydraException, OmegaConfBaseException)) or _is_hydras(error):
         return REFUSED
     number = getattr(error, "number", None)  # of the signal that interrupted a run
     return FAILED if number is None else 128 + number
@@ -135,13 +152,13 @@ def _sentence(error: Exception) -> str:
         said = next(line for line in text.splitlines() if line and line != error.override and set(line) - set(" ^"))
         hint = "; a value with spaces or letters beyond ASCII stands in quotes of its own, as in 'results=\"a b\"'"
         return f"{error.override} cannot be read as key=value: {said}{hint}"
-    if _is_of_group(error):
+    if _is_hydras(error) and text.startswith(OF_GROUP):
         return "a config group takes the name of one of its files, as in norm=gn or sweep=quick"
     if isinstance(error, InterpolationKeyError):
         return f"{error.full_key} cannot be worked out: {first_line(error)}"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return " ".join(line.strip() for line in text.splitlines())
-    if _is_of_options(error):
+    if _is_hydras(error):
         return text
     return f"{type(error).__name__}: {text}"
 
@@ -154,7 +171,7 @@ def _explain_several(word: str) -> str:
     args = get_args_parser().parse_args()
     parser = OverridesParser.create()
     others = [other for other in args.overrides if not parser.parse_override(other).is_sweep_override()]
-    own = [f"hydra.searchpath=[{os.path.abspath(args.config_dir)}]"] if args.config_dir else []
+    own = [f"hydra.searchpath={format_value([os.path.abspath(args.config_dir)])}"] if args.config_dir else []
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -164,11 +181,6 @@ def _explain_several(word: str) -> str:
     return f"{word} is several values, which -m makes a sweep of"
 
 
-def _is_of_group(error: Exception) -> bool:
-    """Whether Hydra was given a group's name that is no text, such as sweep=null."""
-    return isinstance(error, ValueError) and str(error).startswith("Config group override must be")
-
-
-def _is_of_options(error: Exception) -> bool:
-    """Whether two of Hydra's options exclude each other, as --cfg and -m do."""
-    return isinstance(error, ValueError) and str(error).startswith("Only one of --run")
+def _is_hydras(error: Exception) -> bool:
+    """Whether it is one of the ValueErrors by which Hydra refuses words."""
+    return isinstance(error, ValueError) and str(error).startswith((OF_GROUP, OF_OPTIONS))

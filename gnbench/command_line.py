@@ -41,7 +41,7 @@ def command_line(directory: Path | str, record: dict) -> str:
         if not keys:
             raise UserError("its digest is not that of its config and images")
         raise UserError(f"this version of gnbench composes another run from its config, with another {', '.join(keys)}")
-    return shlex.join(["gnbench", *words, f"results={_format_value(str(directory))}"])
+    return shlex.join(["gnbench", *words, f"results={format_value(str(directory))}"])
 
 
 def _compose_words(asked: dict) -> tuple[list[str], dict]:
@@ -56,7 +56,7 @@ def _compose_words(asked: dict) -> tuple[list[str], dict]:
         value = wanted[key]
         is_given = _is_same(_select(cfg, key), value) if key in raw else value is None and "." not in key
         if not is_given:
-            words.append(f"{'' if key in raw else '+'}{key}={_format_value(value)}")
+            words.append(f"{'' if key in raw else '+'}{key}={format_value(value)}")
             OmegaConf.update(cfg, key, value, force_add="." in key)  # no run has more keys than Config
     for key in raw:
         if key not in wanted and raw[key] is not None and key.split(".")[0] in GROUPS:
@@ -120,12 +120,12 @@ def _is_same(a: object, b: object) -> bool:
     return json.dumps(a) == json.dumps(b)
 
 
-def _format_value(value: object) -> str:
+def format_value(value: object) -> str:
     """A value in the grammar of Hydra's command line."""
     if isinstance(value, list):
-        return f"[{','.join(map(_format_value, value))}]"
+        return f"[{','.join(map(format_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_format_value(inner)}' for key, inner in value.items())}}}"
+        return f"{{{','.join(f'{key}:{format_value(inner)}' for key, inner in value.items())}}}"
     if not isinstance(value, str):
         return json.dumps(value)
     if PLAIN.fullmatch(value) and value.lower() not in NOT_TEXT:

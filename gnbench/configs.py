@@ -4,8 +4,10 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import pkgutil
 import re
+import typing
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -13,13 +15,14 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gnbench.errors import UserError, first_line
+from gnbench.errors import UserError, first_line, require
 
 _PACKAGE = Path(__file__).parent
 # An installed package carries the files inside; a clone has them beside it, where people edit them.
 CONFIGS = _PACKAGE / "config_files" if (_PACKAGE / "config_files").is_dir() else _PACKAGE.parent / "configs"
 
 RESERVED = ("name", "_target_", "weight", "source")  # keys of a node that are not arguments of its target
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 RELEASED = ("gnbench", "torch", "torchvision", "timm")  # packages that a version names, not their source
 
 OmegaConf.register_new_resolver(
@@ -88,9 +91,13 @@ def partial(node: dict, **more: object) -> Callable:
     is the object which that one names.
 
     Raises:
-        UserError: there is nothing at the import path, or nothing that can be called.
+        UserError: there is nothing at the import path, or nothing that can be called, or an argument of gnbench's own
+            objects is of another type.
     """
-    function = functools.partial(_resolve(node), **arguments(node), **more)
+    target = _resolve(node)
+    if node["_target_"].startswith("gnbench."):
+        _check_types(node, target)
+    function = functools.partial(target, **arguments(node), **more)
     weight = node.get("weight")
     if weight is not None:
         if not isinstance(weight, dict) or "_target_" not in weight:
@@ -102,6 +109,29 @@ def partial(node: dict, **more: object) -> Callable:
 def arguments(node: dict) -> dict:
     """The keys of a node that are arguments of its target."""
     return {key: value for key, value in node.items() if key not in RESERVED}
+
+
+def _check_types(node: dict, target: Callable) -> None:
+    """Hold the arguments of a node to the annotations of its target, where those are of TYPES: `no` is no false."""
+    given = arguments(node)
+    for key, parameter in inspect.signature(target).parameters.items():
+        types = typing.get_args(parameter.annotation) or (parameter.annotation,)
+        if key in given and all(each in TYPES for each in types):
+            found = type(given[key])
+            legal = found in types or (found is int and float in types)
+            words = ", or ".join(TYPES[each] for each in types)
+            require(legal, f"{key} of {node['name']}: {key}", given[key], f"it is {words}")
+
+
+def check_source(node: dict) -> None:
+    """Hold a planned norm to the source whose hash it has.
+
+    Raises:
+        UserError: the source has changed since.
+    """
+    for part in (node, node.get("weight")):
+        if isinstance(part, dict) and "source" in part and hash_source(part["_target_"]) != part["source"]:
+            raise UserError(f"the source of {part['_target_']} has changed since the run was planned: start again")
 
 
 def add_source(node: dict) -> dict:

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gnbench.datasets import Images
-from gnbench.datasets.split import split_indices
+from gnbench.datasets.split import AUGMENTATIONS, split_indices
 from gnbench.errors import require
 
 PAD = 4  # pixels on each side before a random crop, arXiv:1512.03385
 CHUNK = 2048  # images augmented at once: many small batches share one call
-AUGMENTATIONS = ("crop_flip", "crop", "none")
 
 
 @dataclass

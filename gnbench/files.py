@@ -106,6 +106,9 @@ def _sync_directory(directory: Path) -> None:
         descriptor = os.open(directory, os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # it cannot flush a directory
+                raise
         finally:
             os.close(descriptor)
 

@@ -16,7 +16,11 @@ def held(directory: Path, timeout_s: float = 0.0) -> Iterator[bool]:
     """
     import filelock  # here, because --help need not wait for it
 
-    lock = filelock.FileLock(directory / LOCK)
+    path = directory / LOCK
+    try:  # newer ones would make do with a file that outlives its process
+        lock = filelock.FileLock(path, fallback_to_soft=False)
+    except TypeError:
+        lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=timeout_s)
     except filelock.Timeout:
@@ -30,8 +34,24 @@ def held(directory: Path, timeout_s: float = 0.0) -> Iterator[bool]:
 
 def is_held(directory: Path) -> bool:
     """Whether a process holds the lock of a run's directory. Leaves no file behind."""
-    if not (directory / LOCK).exists():
+    path = directory / LOCK
+    if not path.exists():
         return False
-    with contextlib.suppress(OSError, NotImplementedError), held(directory) as is_free:
-        return not is_free
-    return False  # on a disk that is read-only it cannot be told, and nothing can be trained
+    try:
+        with held(directory) as is_free:
+            return not is_free
+    except (OSError, NotImplementedError):  # this user, or nobody, may write here
+        return _is_locked_for_readers(path)
+
+
+def _is_locked_for_readers(path: Path) -> bool:
+    """The same for those who may only read; False where it cannot be told."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl  # not on Windows
+
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from gnbench.configs import add_source, partial
 from gnbench.datasets import Images
-from gnbench.datasets.split import split_sizes
+from gnbench.datasets.split import AUGMENTATIONS, split_sizes
 from gnbench.errors import UserError, require
 from gnbench.recipe import Recipe
 from gnbench.record import FINISHED, RECORD, digest, load_record, run_name
-from gnbench.tuning import choose_base_lr
+from gnbench.tuning import check_tuned_images, choose_base_lr
 
 PRECISIONS = ("float32", "tf32", "bf16")
 ENGINES = ("auto", "eager", "cuda_graph")
@@ -82,6 +82,8 @@ def plan_run(config: dict, default_threads: int) -> Run:
     recipe = make_recipe(config)
     _settle_norm_batch_size(config)
     images = unverified_images(json.dumps(config["data"]))
+    if config["tuned_from"] is not None:
+        check_tuned_images(config, images.fingerprint)
     num_train, _ = split_sizes(images, config["data"]["train_size"], config["data"]["val_size"])
     recipe.total_steps(num_train)  # there is at least one batch
     identity = digest(config, images.fingerprint)
@@ -140,7 +142,14 @@ def _check_values(config: dict) -> None:
         require(config[key] in known, key, config[key], f"it is one of {', '.join(known)}")
     if not config["results"].strip():
         raise UserError("results is empty: it names the directory that runs go to")
-    for key, seed in (("seed", config["seed"]), ("data.split_seed", config["data"]["split_seed"])):
+    data = config["data"]
+    require(type(data["val_size"]) is int, "data.val_size", data["val_size"], "it is a whole number")
+    legal = data["train_size"] is None or type(data["train_size"]) is int
+    require(legal, "data.train_size", data["train_size"], "it is a whole number, or null for all images")
+    require(type(data["split_seed"]) is int, "data.split_seed", data["split_seed"], "it is a whole number")
+    augment = data["augment"]
+    require(augment in AUGMENTATIONS, "data.augment", augment, f"it is one of {', '.join(AUGMENTATIONS)}")
+    for key, seed in (("seed", config["seed"]), ("data.split_seed", data["split_seed"])):
         require(0 <= seed < 2**63, key, seed, "it is 0 or more, and below 2**63")
     checkpoint_s = config["checkpoint_s"]
     require(checkpoint_s > 0, "checkpoint_s", checkpoint_s, "it is a number of seconds above 0")
@@ -181,8 +190,9 @@ def _settle_diagnostics(config: dict) -> None:
 def _require_finite(config: dict, prefix: str = "") -> None:
     """JSON, and so a record, has no number that is not finite."""
     for key, value in config.items():
-        if isinstance(value, dict):
-            _require_finite(value, f"{prefix}{key}.")
+        if isinstance(value, dict | list):
+            inner = value if isinstance(value, dict) else dict(enumerate(value))
+            _require_finite(inner, f"{prefix}{key}.")
         elif isinstance(value, float):
             require(math.isfinite(value), f"{prefix}{key}", value, "it is a finite number")
 
@@ -190,9 +200,11 @@ def _require_finite(config: dict, prefix: str = "") -> None:
 def _settle_norm_batch_size(config: dict) -> None:
     """Check it, and give runs that differ by it alone one value where the norm does not notice."""
     size, batch_size = config["norm_batch_size"], config["batch_size"]
-    divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-    legal = f"it divides batch_size={batch_size}, so it is one of {', '.join(map(str, divisors))}"
-    require(size in divisors, "norm_batch_size", size, legal)
+    if size < 1 or batch_size % size:
+        divisors = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+        raise UserError(
+            f"norm_batch_size={size} is not legal: it divides batch_size={batch_size}, so it is one of {divisors}"
+        )
     if "norm_batch_size" not in config["norm"]:  # no batch statistics: one run serves all that only they notice
         config.update(norm_batch_size=None, frozen_epochs=0, precise_images=Recipe.precise_images)
         return

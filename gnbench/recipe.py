@@ -26,7 +26,7 @@ class Recipe:
     momentum: float = 0.9  # of SGD
     nesterov: bool = False  # whether momentum looks ahead
     weight_decay: float = 1e-4  # L2, added to the gradient
-    norm_weight_decay: bool = True  # whether gamma, beta and biases decay too, as in arXiv:1803.08494
+    norm_weight_decay: bool = True  # whether norms' parameters and biases decay too, as in arXiv:1803.08494
     schedule: str = "step"  # step, cosine, constant
     milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])  # of the training, for `step`
     lr_decay: float = 0.1  # factor at each milestone
@@ -36,13 +36,14 @@ class Recipe:
     drop_last: bool = True  # whether an epoch leaves out the images that do not fill its last batch
     frozen_epochs: int = 0  # the last so many epochs use the running statistics as they are (arXiv:2105.07576)
     precise_images: int = 10000  # training images behind the precise statistics (arXiv:2105.07576)
-    report_epochs: int = 5  # test_error is the median over the last so many epochs
+    report_epochs: int = 5  # test_error is the median over the last so many epochs, or the frozen ones if fewer
     test_every: int = 1  # epochs between two tests; the last report_epochs are always tested
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "epochs", "base_batch_size", "precise_images", "report_epochs", "test_every")
         self._check(counts, lambda value: value >= 1, "1 or more")
-        self._check(("base_lr", "lr_decay"), lambda value: 0 < value < math.inf, "a number above 0")
+        self._check(("base_lr",), lambda value: 0 < value < math.inf, "a number above 0")
+        self._check(("lr_decay",), lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._check(("max_steps", "clip_grad_norm"), lambda value: value is None or value > 0, "above 0, or null")
         self._check(
             ("weight_decay", "warmup_epochs", "frozen_epochs"), lambda value: 0 <= value < math.inf, "0 or more"

@@ -59,22 +59,31 @@ def save_record(path: Path | str, record: dict) -> None:
     write_atomic(Path(path), text.encode(errors="backslashreplace") + b"\n")
 
 
+def count_reported(report_epochs: int, frozen_epochs: int | None) -> int:
+    """Of how many last epochs `test_error` is the median: with fewer frozen ones of those, whose statistics differ."""
+    return min(report_epochs, frozen_epochs or report_epochs)
+
+
 def name_wrong_kind(error: Exception) -> str:
     """What is wrong with a record, whole by its checksum, on whose values a reader stumbled by one of WRONG_KIND."""
     return f"has a value of another kind than a record's ({type(error).__name__}: {error})"
+
+
+class NotToBeRead(UserError):
+    """The system does not give a record's content, which may be whole: no permission, a file server that is away."""
 
 
 def load_record(path: Path | str) -> dict:
     """The record at `path`.
 
     Raises:
-        UserError: it cannot be read, is not a record, has another schema number, or fails its checksum.
+        UserError: it cannot be read (`NotToBeRead`), is not a record, has another schema number, or fails its checksum.
     """
     path = Path(path)
     try:
         record = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise NotToBeRead(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a whole JSON file") from error
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from gnbench.board import Board, check_tensorboard
 from gnbench.build import build_model
 from gnbench.checkpoint import delete_checkpoints, load_checkpoints, save_checkpoint
-from gnbench.configs import arguments, partial
+from gnbench.configs import arguments, check_source, partial
 from gnbench.cost import measure_cost
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
@@ -28,12 +28,12 @@ from gnbench.errors import UserError
 from gnbench.files import CORRUPT, cannot_write, check_place, set_aside
 from gnbench.lock import held
 from gnbench.machine import choose_device, describe_environment, set_arithmetic
-from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe
+from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, unverified_images
 from gnbench.progress import Teller
-from gnbench.record import CHECKPOINTS, LOCK, RECORD, delete_parts, load_record, save_record
+from gnbench.record import CHECKPOINTS, LOCK, RECORD, NotToBeRead, delete_parts, load_record, save_record
 from gnbench.run_log import logging_to
 from gnbench.train import Diverged, Engine, Training, summarize, train
-from gnbench.trial import check_batches, check_norm
+from gnbench.trial import check_batches, check_images, check_norm
 from gnbench.workers import broadcast, count_workers, share_signals
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
         here: whether they are trained on this machine: only then are the device, the engine and the place asked for.
 
     Raises:
-        UserError: a norm cannot be used there, the device, the engine or TensorBoard is not to be had, or the directory
-            that runs go to cannot be written.
+        UserError: a norm cannot be used there, the images are too small for the model, the device, the engine or
+            TensorBoard is not to be had, or the directory that runs go to cannot be written.
     """
     if here:
         for place in {run.directory.parent for run in runs if not run.is_finished()}:
@@ -65,7 +65,7 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
         check_tensorboard()
     checked = set()
     for run in runs:
-        key = repr([run.config[name] for name in ("norm", "model", "device", "precision", "engine")])
+        key = repr([run.config[name] for name in ("norm", "model", "data", "device", "precision", "engine")])
         if key not in checked:
             checked.add(key)
             if here:
@@ -75,6 +75,8 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
             label = f"{name} ({params})" if params else name
             shape = check_norm(run.config["model"], partial(run.config["norm"]), label)
             check_batches(run.config["norm"], shape, name)
+            images = unverified_images(json.dumps(run.config["data"])).train_images
+            check_images(run.config["model"], *images.shape[1:3])
 
 
 def execute(run: Run, progress: bool = False) -> dict:
@@ -104,7 +106,9 @@ def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) 
                 if not _lock(run, stack):
                     log.warning("%s is being trained by another process", run.name)
                     records[run.digest] = {**_new_record(run), "cause": "another process trains it"}
-                elif run.is_finished():
+                    continue
+                _require_readable(run.directory / RECORD)
+                if run.is_finished():
                     delete_checkpoints(run.directory)  # a process that was killed as it ended may have left them
                     records[run.digest] = load_record(run.directory / RECORD)
                 else:
@@ -144,7 +148,10 @@ def record_death(run: Run, cause: str) -> None:
             return
         try:
             record = load_record(run.directory / RECORD)
+        except NotToBeRead:
+            raise
         except UserError:
+            _clear(run.directory)
             record = _new_record(run)
         if record.get("status") == "running":
             save_record(run.directory / RECORD, {**record, "status": "failed", "cause": cause})
@@ -182,6 +189,28 @@ def _clear(directory: Path) -> None:
             )
 
 
+def _require_readable(path: Path) -> None:
+    """Let a record that is there, but cannot be read for the moment, be no damaged one.
+
+    Raises:
+        NotToBeRead: it cannot be read.
+    """
+    if path.is_file():
+        try:
+            load_record(path)
+        except NotToBeRead:
+            raise
+        except UserError:
+            pass  # it is damaged, for `_clear` to set aside
+
+
+def _reopen(run: Run) -> None:
+    """Let the record of an earlier start say that its run is trained again: how that one ended is not how this does."""
+    path = run.directory / RECORD
+    if path.is_file():
+        save_record(path, {**load_record(path), "status": "running", "cause": None})
+
+
 @dataclass(eq=False)
 class _Member:
     """A run under way: what is trained for it and what is written of it."""
@@ -216,6 +245,8 @@ class _Member:
 
 def _execute_locked(members: list[_Member], progress: bool, alone: bool) -> None:
     try:
+        for member in members:
+            _reopen(member.run)
         _train_recorded(members, progress, alone)
     except Interrupted as error:
         for member in _unfinished(members):
@@ -252,8 +283,11 @@ def _train_recorded(members: list[_Member], progress: bool, alone: bool) -> None
     for member in members:
         member.training = make_training(member.run, device)
     keep_lanes = not alone and config["engine"] != "eager" and count_workers() == 1
-    for digests, lanes in _line_up(members, keep_lanes):
-        _train_lanes(digests, lanes, device, progress)
+    with stop_signals() as stop:
+        for digests, lanes in _line_up(members, keep_lanes):
+            if stop:
+                raise Interrupted(stop[0])
+            _train_lanes(digests, lanes, device, progress, stop)
 
 
 def _measure_recorded(member: _Member, device: torch.device) -> None:
@@ -277,8 +311,14 @@ def _measure_recorded(member: _Member, device: torch.device) -> None:
     log.info("%.2f ms a step, %.2f of BN's", cost["step_ms"], cost["step_ratio"], extra={"run": member.run.name})
 
 
-def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.device, progress: bool) -> None:
-    """Train members that stand at the same step to their end, each in its lane of one network."""
+def _train_lanes(
+    digests: list[str], lanes: list[_Member | None], device: torch.device, progress: bool, stop: list[int]
+) -> None:
+    """Train members that stand at the same step to their end, each in its lane of one network.
+
+    Args:
+        stop: the signals that were heard, on which to save and stop.
+    """
     members = {lane.training: lane for lane in lanes if lane is not None}
     config = next(iter(members.values())).run.config
     if count_workers() > 1:
@@ -311,7 +351,7 @@ def _train_lanes(digests: list[str], lanes: list[_Member | None], device: torch.
     def drop(training: Training, error: Diverged) -> None:
         attempt(training, lambda: members[training].finish(status="diverged", cause=str(error)))
 
-    with stop_signals() as stop, _progress_bar(members, progress) as bar:
+    with _progress_bar(members, progress) as bar:
         pause = _Pause(digests, members, engine, attempt, stop, bar)
         train(engine, pause, drop)
         crash_at("trained")
@@ -391,9 +431,14 @@ def _restore(member: _Member, states: list[dict], step: int) -> None:
 
 
 def make_training(run: Run, device: torch.device) -> Training:
-    """The model of a run, fresh from its seed, and its data, on `device`."""
-    dataset = _dataset(json.dumps(run.config["data"]), device)
+    """The model of a run, fresh from its seed, and its data, on `device`.
+
+    Raises:
+        UserError: the images, or the source of the norm, are not what they were when the run was planned.
+    """
     config = run.config
+    dataset = _dataset(json.dumps(config["data"]), device, run.data_fingerprint)
+    check_source(config["norm"])
     torch.manual_seed(config["seed"])  # for a stranger's norm that draws its own parameters
     model = build_model(config["model"], partial(config["norm"]), dataset.num_classes, config["seed"])
     return Training(
@@ -456,7 +501,6 @@ class _Pause:
 
     def _end_epoch(self, training: Training) -> None:
         self._show(training)
-        self.members[training].record["environment"]["engine"] = self.engine.name  # without a compiler it changes
         crash_at("epoch")
         self.members[training].save()
         if board := self.members[training].board:
@@ -475,10 +519,12 @@ class _Pause:
 
 
 @functools.lru_cache(maxsize=1)  # the runs of one process mostly share their images
-def _dataset(node_json: str, device: torch.device) -> Dataset:
+def _dataset(node_json: str, device: torch.device, fingerprint: str) -> Dataset:
     node = json.loads(node_json)
-    split = {name: node[name] for name in SPLIT_KEYS}
-    return prepare(load_images(node), device, **split)
+    images = load_images(node)
+    if images.fingerprint != fingerprint:
+        raise UserError(f"the images of data={node['name']} have changed since the run was planned: start again")
+    return prepare(images, device, **{name: node[name] for name in SPLIT_KEYS})
 
 
 def _progress_bar(members: dict[Training, _Member], progress: bool) -> tqdm:

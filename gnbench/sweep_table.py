@@ -1,9 +1,11 @@
 """What a sweep's processes are doing, as a table at the lower end of the terminal that the sweep was started from."""
 
+import contextlib
 import math
 import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gnbench.watch import Row, Screen, Watcher, make_row
@@ -44,7 +46,7 @@ class SweepTable:
         self._pass_on()
         self.screen.__exit__()
         self.file.close()
-        os.unlink(self.words)
+        Path(self.words).unlink(missing_ok=True)
 
     def show(self, running: Sequence["Job"], done: int, failed: int, elapsed_s: float, effort_done: float) -> None:
         """Draw it anew.
@@ -93,7 +95,8 @@ def estimate_s(left: float, running: Sequence["Job"], rows: Sequence[Row]) -> fl
 def print_into(words: str | None, work: object, *arguments: object) -> None:
     """In a process of its own: do `work`, and let what it prints be appended to the file `words`, if there is one."""
     if words is not None:
-        descriptor = os.open(words, os.O_WRONLY | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(descriptor, stream)
+        with contextlib.suppress(OSError):  # somebody has cleared the directory of temporary files
+            descriptor = os.open(words, os.O_WRONLY | os.O_APPEND)
+            for stream in (1, 2):
+                os.dup2(descriptor, stream)
     work(*arguments)

@@ -286,6 +286,24 @@ def _randn(shape: Shape) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+def check_images(node: dict, height: int, width: int) -> None:
+    """Refuse images that a model of gnbench's is too deep for.
+
+    Raises:
+        UserError: the model cannot be passed by images of this size.
+    """
+    if not node["_target_"].startswith("gnbench."):
+        return
+    with torch.device("meta"):
+        model = partial(node)(lambda num_channels: nn.Identity(), 10)
+        try:
+            model(torch.empty(2, 3, height, width))
+        except RuntimeError as error:
+            raise UserError(
+                f"model={node['name']} does not take images of {height} x {width}: {first_line(error)}"
+            ) from error
+
+
 def channel_counts(node: dict) -> list[int]:
     """The channel counts on which a model asks for a norm, ascending."""
     return _places(node)[0]

@@ -4,7 +4,8 @@ import functools
 import itertools
 from pathlib import Path
 
-from gnbench.errors import UserError
+from gnbench.errors import UserError, require
+from gnbench.recipe import Recipe
 from gnbench.record import NOT_IDENTITY, find_runs, load_record
 
 CELL = ("norm", "model", "batch_size")  # what a rate is chosen for; the recipe's other keys may be shorter when tuning
@@ -20,12 +21,14 @@ def choose_base_lr(config: dict) -> tuple[float, dict]:
 
     Raises:
         UserError: there are no such runs, they held out no images, one of them is unfinished, or this cell was given
-            other candidates than the rest.
+            other candidates than the rest; base_lr is given too, or base_batch_size is another.
     """
     directory = Path(config["tuned_from"])
     records = _read_runs(directory)
-    if records[0]["config"]["data"]["name"] != config["data"]["name"]:
-        raise UserError(f"tuned_from={directory} was tuned on data={records[0]['config']['data']['name']}, not on this")
+    if config["base_lr"] != Recipe.base_lr:
+        raise UserError(f"base_lr={config['base_lr']} is not legal beside tuned_from, which chooses it")
+    size = records[0]["config"]["base_batch_size"]  # another one would make another rate of the same base_lr
+    require(config["base_batch_size"] == size, "base_batch_size", config["base_batch_size"], f"{directory} has {size}")
     budget = sorted({record["config"]["base_lr"] for record in records})
     cell = [record for record in records if all(record["config"][key] == config[key] for key in CELL)]
     where = f"norm={config['norm']['name']} model={config['model']['name']} batch_size={config['batch_size']}"
@@ -49,6 +52,19 @@ def choose_base_lr(config: dict) -> tuple[float, dict]:
         "val_error": {str(lr): error for lr, error in errors.items()},
         "edge": at_edge,
     }
+
+
+def check_tuned_images(config: dict, fingerprint: str) -> None:
+    """Hold a run to the images, by their fingerprint, on which its base_lr was chosen.
+
+    Raises:
+        UserError: they are others.
+    """
+    record = _read_runs(Path(config["tuned_from"]))[0]
+    if record["data_fingerprint"] != fingerprint:
+        raise UserError(
+            f"tuned_from={config['tuned_from']} was tuned on other images: data={record['config']['data']['name']}"
+        )
 
 
 @functools.cache  # a sweep asks for every cell

@@ -91,7 +91,12 @@ def _is_told_elsewhere(key: str) -> bool:
 
 def _tell(key: str, value: object) -> str:
     last = key.rpartition(".")[2]
-    return str(value) if last == "name" else f"{last}={value}"
+    return str(value) if last == "name" else f"{last}={as_typed(value)}"
+
+
+def as_typed(value: object) -> str:
+    """A config value as the command line has it: true and false, not True and False."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def name_seeds(seeds: Sequence[int | None]) -> str:

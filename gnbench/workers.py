@@ -70,6 +70,9 @@ def connected(device: "torch.device") -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
+    except UserError as error:
+        error.of_this_worker = True
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -118,7 +121,10 @@ def noticing_loss() -> Iterator[None]:
         raise
 
 
-def leave_refusal_to_first() -> None:
-    """Keep other workers from saying what the first one says too; its end then ends them, before this returns."""
-    if rank() != FIRST:
+def leave_refusal_to_first(error: Exception) -> None:
+    """Keep other workers from saying what the first one says too; its end then ends them, before this returns.
+
+    What a worker refuses once it is connected may be its own: other images, say, on another machine.
+    """
+    if rank() != FIRST and not hasattr(error, "of_this_worker"):
         time.sleep(REFUSAL_S)

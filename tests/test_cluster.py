@@ -110,12 +110,11 @@ def test_a_packed_array_task_that_is_pre_empted_goes_on_and_ends_like_plain_runs
         assert [text.count(f" epoch {epoch}:") for epoch in range(1, EPOCHS + 1)] == [1] * EPOCHS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "signals"),
     [
-        pytest.param(  # the signal stops it without a checkpoint
-            ("hydra/launcher=submitit_local", "checkpoint_s=0.05"), ["SIGUSR2"], marks=pytest.mark.slow
-        ),
+        (("hydra/launcher=submitit_local", "checkpoint_s=0.05"), ["SIGUSR2"]),  # stops it without a checkpoint
         (("hydra/launcher=slurm", "hydra.launcher.cluster=local", *CPU), ["SIGTERM", "SIGUSR2"]),  # as in a grace time
     ],
 )

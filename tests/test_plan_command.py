@@ -21,7 +21,7 @@ from hydra_plugins.gnbench.plan import Calibration, Plan
 TINY = ("data=tiny", "model=resnet8", "epochs=2", "batch_size=8", "num_threads=1", "results=out")
 PLAN = ("-m", *TINY, "hydra/launcher=plan")
 NUMBERS = Calibration(
-    engine="eager", compiled=False, setup_s=2.0, step_s=3.0, test_s=5.0, val_s=7.0, end_s=11.0, memory_mb=300.0,
+    engine="eager", setup_s=2.0, step_s=3.0, test_s=5.0, val_s=7.0, end_s=11.0, memory_mb=300.0,
     whole=True,
 )  # fmt: skip
 
@@ -107,14 +107,6 @@ def test_a_slow_test_is_foretold_and_measured_in_part(tmp_path, monkeypatch):
 def test_seeds_are_calibrated_as_the_network_that_they_train_as(tmp_path):
     runs = [plan_tiny(tmp_path, f"seed={seed}") for seed in (0, 1)]
     assert planning.calibrate(runs, started_s=0.0).engine == "2 seeds as one network, channels_last"
-
-
-def test_a_plan_does_not_wait_for_a_compiler_and_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("torch.compile", lambda *_, **__: None)  # which nobody can call
-    run = plan_tiny(tmp_path, "norm=bn", "epochs=20000")
-    monkeypatch.setattr(planning, "_calibrate_aside", lambda _, runs: planning.calibrate(runs, started_s=0.0))
-    Plan(False, 1, None).tell("1 runs", [run], [run])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("it leaves out torch.compile")
 
 
 def test_what_does_not_change_a_steps_time_is_calibrated_once(tmp_path):

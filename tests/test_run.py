@@ -1,6 +1,10 @@
 """A run's life in its directory: skipped, resumed, left alone, diverged, failed."""
 
+import errno
 import logging
+import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +14,11 @@ from filelock import FileLock
 from gnbench import run as run_module
 from gnbench.checkpoint import CURRENT, PREVIOUS, load_checkpoints, save_checkpoint
 from gnbench.errors import UserError
+from gnbench.lock import held, is_held
 from gnbench.machine import choose_device
 from gnbench.plan import Run, plan_run
 from gnbench.record import load_record, save_record
-from gnbench.run import check_runs, execute
+from gnbench.run import check_runs, execute, execute_group
 
 
 def plan(tmp_path, *words: str) -> Run:
@@ -160,6 +165,84 @@ def test_frozen_epochs_are_for_norms_with_batch_statistics(tmp_path):
     assert frozen["gn"] == plan(tmp_path, "norm=gn").digest
 
 
+def test_a_signal_between_two_networks_of_a_group_is_heard(tmp_path, monkeypatch):
+    first, second = plan(tmp_path, "seed=0"), plan(tmp_path, "seed=1")
+    monkeypatch.setattr(run_module, "_line_up", lambda members, _: [([m.run.digest], [m]) for m in members])
+    summarize = run_module.summarize
+
+    def stop_there(training):
+        signal.raise_signal(signal.SIGTERM)
+        return summarize(training)
+
+    monkeypatch.setattr(run_module, "summarize", stop_there)
+    with pytest.raises(run_module.Interrupted):
+        execute_group([first, second])
+    assert [load_record(run.directory / "record.json")["status"] for run in (first, second)] == ["done", "interrupted"]
+
+
+def test_a_run_that_starts_again_forgets_why_it_failed(tmp_path, monkeypatch):
+    run = plan(tmp_path)
+    save_record(run.directory / "record.json", {**run_module._new_record(run), "status": "failed", "cause": "old"})
+    seen = []
+    monkeypatch.setattr(run_module, "make_training", lambda *_: seen.append(load_record(run.directory / "record.json")))
+    with pytest.raises(AttributeError):
+        execute(run)
+    assert (seen[0]["status"], seen[0]["cause"]) == ("running", None)
+
+
+def test_a_record_that_cannot_be_read_for_a_moment_is_not_set_aside(tmp_path, monkeypatch):
+    run = plan(tmp_path)
+    before = execute(run)
+
+    def away(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", away)
+        with pytest.raises(UserError, match=r"cannot be read \(Stale file handle\)"):
+            execute(run)
+        with pytest.raises(UserError, match=r"cannot be read \(Stale file handle\)"):
+            run_module.record_death(run, "it died")
+    assert stable(load_record(run.directory / "record.json")) == stable(before)
+    assert not list(run.directory.glob("*.corrupt*"))
+
+
+def test_the_death_of_a_run_whose_record_is_damaged_leaves_the_evidence(tmp_path):
+    run = plan(tmp_path)
+    execute(run)
+    (run.directory / "record.json").write_text("broken")
+    run_module.record_death(run, "it died")
+    assert (run.directory / "record.json.corrupt").read_text() == "broken"
+    assert load_record(run.directory / "record.json")["cause"] == "it died"
+
+
+def test_a_lock_is_seen_by_those_who_may_only_read(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with held(tmp_path) as is_free:
+        assert is_free
+        monkeypatch.setattr(FileLock, "acquire", refuse)
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)
+
+
+def test_a_file_system_without_locks_is_refused_rather_than_trusted(tmp_path, monkeypatch):
+    def no_flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    with pytest.raises(UserError, match=r"cannot write .*\.lock: "):
+        execute(plan(tmp_path))
+
+
+def test_images_that_changed_since_the_run_was_planned_are_not_trained_on(tmp_path):
+    run = replace(plan(tmp_path), data_fingerprint="of other images")
+    with pytest.raises(UserError, match="the images of data=tiny have changed since the run was planned"):
+        execute(run)
+    assert load_record(run.directory / "record.json")["status"] == "failed"
+
+
 def test_threads_are_the_callers_unless_they_are_named(tmp_path):
     assert plan_run(tiny_config("num_threads=auto"), default_threads=3).config["num_threads"] == 3
     assert plan_run(tiny_config("num_threads=2"), default_threads=3).config["num_threads"] == 2
@@ -173,6 +256,18 @@ def test_threads_are_the_callers_unless_they_are_named(tmp_path):
         (["seed=-1"], "seed=-1 is not legal"),
         ([f"seed={2**63}"], f"seed={2**63} is not legal: it is 0 or more, and below"),
         (["data.split_seed=-1"], r"data\.split_seed=-1 is not legal"),
+        (["data.split_seed=x"], r"data\.split_seed=x is not legal: it is a whole number"),
+        (["data.train_size=1e3"], r"data\.train_size=1000\.0 is not legal: it is a whole number, or null"),
+        (["data.train_size=true"], r"data\.train_size=True is not legal: it is a whole number, or null"),
+        (["data.val_size=null"], r"data\.val_size=None is not legal: it is a whole number"),
+        (["data.augment=foo"], r"data\.augment=foo is not legal: it is one of crop_flip, crop, none"),
+        (["data=random", "data.size=abc"], "size of random: size=abc is not legal: it is a whole number"),
+        (["data=random", "data.size=0"], r"data\.size=0 is not legal: it is a number of pixels, 1 or more"),
+        (
+            ["norm=custom", "norm._target_=torch.nn.Identity", "+norm.x=[inf]"],
+            r"norm\.x\.0=inf is not legal: it is a finite number",
+        ),
+        (["lr_decay=1e300"], r"lr_decay=1e\+300 is not legal: lr_decay is above 0 and at most 1"),
         (["+data.foo=1"], r"data\.foo is not a key of data=tiny"),
         (["precision=fp8"], "precision=fp8 is not legal: it is one of float32, tf32, bf16"),
         (["checkpoint_s=0"], "checkpoint_s=0"),
@@ -182,6 +277,7 @@ def test_threads_are_the_callers_unless_they_are_named(tmp_path):
             "norm=ln keeps running statistics of a batch: its file needs",
         ),
         (["norm_batch_size=3"], "norm_batch_size=3 is not legal: it divides batch_size=8, so it is one of 1, 2, 4, 8"),
+        (["model=vgg16"], "model=vgg16 does not take images of 8 x 8: "),
         (["epochs=0"], "epochs=0 is not legal: epochs is 1 or more"),
         (["norm._target_=nowhere.Norm"], r"_target_=nowhere\.Norm of bn cannot be imported: No module named 'nowhere'"),
     ],

@@ -22,14 +22,13 @@ SMALLER = {  # what is typed to make each sweep toy-sized, how many runs it then
     "batch_renorm": ("seed=0 max_steps=2", 3, "error_vs_batch_size.png"),
     "diagnostics": ("norm=bn,none batch_size=2 max_steps=2 diagnostics=32", 2, "noise.png"),
     "responses": ("model=vgg16 data.size=32 batch_size=8 seed=0 max_steps=1", 3, "responses.png"),
-    "tune": ("norm=bn,gn batch_size=8 base_lr=0.2,0.1 data.val_size=12 max_steps=2", 4, "error_vs_learning_rate.png"),
     "zoo": ("norm=mabn,frn batch_size=8 norm_batch_size=8,2 seed=0 max_steps=1", 3, "error_vs_norm_batch_size.png"),
     "quick": ("norm=bn,gn batch_size=8,2 seed=0 max_steps=2", 4, "error_vs_batch_size.png"),
 }
 
 
 def test_every_sweep_is_tried_here():
-    elsewhere = {"tuned", "cost"}  # the first below, the second in test_cost.py: it trains nothing
+    elsewhere = {"tune", "tuned", "cost"}  # the first two below, the third in test_cost.py: it trains nothing
     assert set(SMALLER) | elsewhere == set(choices("sweep"))
 
 
@@ -41,7 +40,7 @@ def test_the_zoo_leaves_no_norm_out():
 @pytest.mark.parametrize("name", SMALLER)
 def test_a_sweep_trains_and_reports(gnbench, tmp_path, name):
     words, count, figure = SMALLER[name]
-    done = gnbench(f"sweep={name}", *TINY, *words.split())
+    done = gnbench(f"sweep={name}", *TINY, *words.split(), "hydra.launcher.num_processes=1")
     assert (done.returncode, done.stderr) == (0, "")
     runs = tmp_path / "results" / name
     write_report([runs], runs)
@@ -60,6 +59,7 @@ def test_tuned_rates_come_from_held_out_images_and_reach_the_final_runs(gnbench,
     tune, tuned = (tmp_path / "results" / name for name in ("tune", "tuned"))
     for directory in (tune, tuned):
         write_report([directory], directory)
+    assert (tune / "error_vs_learning_rate.png").stat().st_size > 10_000
     tried, final = pd.read_csv(tune / "runs.csv"), pd.read_csv(tuned / "runs.csv")
     for norm in ("bn", "gn"):
         candidates = tried[tried["norm"] == norm].sort_values(["val_error", "base_lr"])

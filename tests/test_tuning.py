@@ -10,9 +10,10 @@ from gnbench.run import execute
 
 
 def write_run(
-    directory, base_lr: float, val_error: float | None, seed=0, status="done", norm="bn", more=(), fingerprint=""
+    directory, base_lr: float, val_error: float | None, seed=0, status="done", norm="bn", more=(), fingerprint=None
 ) -> None:
-    config = plan_run(tiny_config(f"norm={norm}", f"base_lr={base_lr}", f"seed={seed}", *more), 1).config
+    planned = plan_run(tiny_config(f"norm={norm}", f"base_lr={base_lr}", f"seed={seed}", *more), 1)
+    config, fingerprint = planned.config, fingerprint or planned.data_fingerprint
     name = f"{norm}-{base_lr}-{seed}"
     result = {"val_error": val_error, "test_error": 100 - (val_error or 0)} if status == "done" else None
     record = {"run": name, "status": status, "config": config, "result": result, "data_fingerprint": fingerprint}
@@ -53,7 +54,8 @@ def test_a_rate_at_which_a_seed_diverged_is_not_taken(tmp_path):
         ([(0.1, None, 0, "diverged")], "every run of norm=bn model=resnet8 batch_size=8 diverged"),
         ([(0.1, None)], r"bn-0\.1-0 held out no images"),
         ([(0.1, 20.0), (0.2, 20.0, 0, "done", "bn", ("epochs=3",))], "mixes runs that differ in epochs"),
-        ([(0.1, 20.0, 0, "done", "bn", ("data.name=other",))], "was tuned on data=other, not on this"),
+        ([(0.1, 20.0, 0, "done", "bn", ("base_batch_size=16",))], r"base_batch_size=128 is not legal: \S+ has 16"),
+        ([(0.1, 20.0, 0, "done", "bn", (), "other")], "was tuned on other images: data=tiny"),
         ([(0.1, 20.0), (0.2, 20.0), (0.2, 9.0, 1)], r"no run of norm=bn .* base_lr=0\.1 seed=1: every cell needs"),
         ([(0.1, 20.0), (0.2, 20.0, 0, "done", "gn")], r"no run of norm=bn .* base_lr=0\.2: every cell needs the same"),
     ],
@@ -63,6 +65,12 @@ def test_a_choice_that_would_not_be_fair_is_refused(tmp_path, runs, sentence):
         write_run(tmp_path, *run)
     with pytest.raises(UserError, match=sentence):
         plan(tmp_path)
+
+
+def test_a_rate_that_is_typed_beside_the_choice_is_refused(tmp_path):
+    write_run(tmp_path, 0.2, 20.0)
+    with pytest.raises(UserError, match=r"base_lr=0\.7 is not legal beside tuned_from, which chooses it"):
+        plan(tmp_path, "base_lr=0.7")
 
 
 def test_a_choice_among_runs_on_different_images_is_refused(tmp_path):

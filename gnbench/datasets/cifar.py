@@ -38,7 +38,8 @@ def load_cifar(name: str = "cifar10", root: str | None = None, verify: bool = Tr
     """The prepared set `name` (cifar10 or cifar100) in `root`; nothing is ever downloaded here.
 
     Args:
-        root: the directory given to the command that prepared it; None is $GNBENCH_DATA, or ~/.cache/gnbench.
+        root: the directory given to the command that prepared it; None is $GNBENCH_DATA, or
+            $XDG_CACHE_HOME/gnbench (~/.cache/gnbench).
         verify: compare every array with its checksum; False reads the fingerprint alone.
 
     Raises:

@@ -179,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 where the user can mend it (one sentence on stderr), 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(prog="prepare_data", description="Fetch, check and prepare a data set, once.")
     parser.add_argument("name", choices=ARCHIVES, help="the data set")
-    parser.add_argument("--root", help="where it goes (default: $GNBENCH_DATA, or ~/.cache/gnbench)")
+    parser.add_argument(
+        "--root", help="where it goes (default: $GNBENCH_DATA, or gnbench in the cache directory, mostly ~/.cache)"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--archive", metavar="FILE", help="a copy of the archive, instead of fetching it")
     source.add_argument("--url", help="a mirror of the archive (default: its home page)")

@@ -3,6 +3,7 @@
 import numpy as np
 
 from gnbench.datasets import Images, make_images
+from gnbench.errors import require
 
 NUM_CLASSES = 10
 TRAIN_SIZE = 4096
@@ -17,7 +18,11 @@ def load_random(name: str = "random", size: int = 32, verify: bool = True) -> Im
         name: what records and figures call the set.
         size: pixels a side.
         verify: has no effect, for there is no file to check.
+
+    Raises:
+        UserError: `size` is below 1.
     """
+    require(size >= 1, "data.size", size, "it is a number of pixels, 1 or more")
     count = TRAIN_SIZE + TEST_SIZE
     images = np.random.default_rng(SEED).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     labels = np.arange(count, dtype=np.int64) % NUM_CLASSES

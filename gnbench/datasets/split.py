@@ -5,6 +5,8 @@ import numpy as np
 from gnbench.datasets import Images
 from gnbench.errors import UserError
 
+AUGMENTATIONS = ("crop_flip", "crop", "none")
+
 
 def split_sizes(images: Images, train_size: int | None, val_size: int) -> tuple[int, int]:
     """How many images a run trains on and holds out.

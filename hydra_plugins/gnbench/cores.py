@@ -49,6 +49,7 @@ class CoresConf:
 
     `stall_s`: seconds after which a run whose directory has not changed is killed and counts as failed; null waits
     for ever. A run writes at each epoch's end and every `checkpoint_s`, so it is to be longer than that and a test.
+    k seeds that are trained as one network have k times as long; a measurement of cost is never killed.
     """
 
     _target_: str = "hydra_plugins.gnbench.cores.Cores"

@@ -72,8 +72,11 @@ class Grid(Sweeper):
         if hasattr(self.launcher, "runs"):  # it takes them as they are planned, and composes nothing again
             self.launcher.runs = [run for run, _ in left]
             self.launcher.sweep = [run for run, _ in runs.values()]
+        here = getattr(self.launcher, "here", True)
         returns = list(self.launcher.launch([overrides for _, overrides in left], initial_job_idx=0))
         _raise_failures([run for run, _ in left], returns)
+        if others := [run.name for run, _ in left if returns and here and not run.is_finished()]:
+            print(f"left to another process, which trains them: {', '.join(others)}", flush=True)
         return returns
 
     def _check(self, left: list[tuple[Run, list[str]]]) -> None:

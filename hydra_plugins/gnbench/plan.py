@@ -65,13 +65,12 @@ class Calibration:
     """What a process takes to train its seeds, as measured for a short time."""
 
     engine: str
-    compiled: bool  # whether the sweep would wait for torch.compile, which the calibration does not
     setup_s: float  # from the start of its process to the first step
     step_s: float  # of all its seeds; their batches of images too
     test_s: float  # of one seed: a test of an epoch,
     val_s: float  # the held-out images of an epoch,
     end_s: float  # and the test errors by statistics after the last
-    memory_mb: float  # the largest so far: of the device where it is a GPU, of the process elsewhere
+    memory_mb: float | None  # the largest so far: of the device where it is a GPU, of the process elsewhere
     whole: bool  # whether an evaluation batch was as large as a run's
 
 
@@ -151,7 +150,7 @@ class Plan(Cores):
             in_order = sorted(groups, key=lambda group: -sum(run.effort for run in group))  # as Cores starts them
             times = [estimate_time(group, calibrations[_kind(group)]) for group in in_order]
             total_s = schedule([seconds for seconds in times if seconds is not None], self._num_processes())
-            memory = max(calibration.memory_mb for calibration in known)
+            memory = max(calibration.memory_mb or 0 for calibration in known)
             least = "" if all(calibration.whole for calibration in known) else "at least "
             whose = " of the GPU" if self._on_gpu() else ""
             lines += [
@@ -160,8 +159,6 @@ class Plan(Cores):
                 "it counts the tests of every epoch, the errors by statistics at the end, and each run from its start;",
                 "it leaves out checkpoints, and whatever else the machine will have to do",
             ]
-        if any(calibration.compiled for calibration in known):
-            lines.append("it leaves out torch.compile, which some runs wait for, half a minute each, and gain by")
         failures = {reason: None for reason in calibrations.values() if isinstance(reason, str)}
         lines += [f"without an estimate, and not in the total: {reason}" for reason in failures]
         return lines
@@ -273,7 +270,7 @@ def calibrate(runs: list[Run], started_s: float) -> Calibration:
     Args:
         started_s: when the process was started, by time.time().
     """
-    from gnbench.engine import Eager, make_engine
+    from gnbench.engine import make_engine
     from gnbench.machine import choose_device, peak_memory_mb, set_arithmetic
     from gnbench.run import make_training
     from gnbench.train import RESPONSE
@@ -284,9 +281,6 @@ def calibrate(runs: list[Run], started_s: float) -> Calibration:
     trainings = [make_training(run, device) for run in runs]
     engine = make_engine(trainings, config["engine"])
     setup_s = time.time() - started_s
-    name, compiled = engine.name, isinstance(engine, Eager) and engine.is_compiled
-    if compiled:  # half a minute for which a plan does not wait
-        engine.stop_compiling()
     step_s = _measure_step(engine)
     lead = trainings[0]
     dataset, num_test = lead.dataset, len(lead.dataset.test)
@@ -295,8 +289,7 @@ def calibrate(runs: list[Run], started_s: float) -> Calibration:
     largest = _largest_batch(num_test)
     responses = largest if hasattr(lead.model, RESPONSE) else 0
     return Calibration(
-        engine=name,
-        compiled=compiled,
+        engine=engine.name,
         setup_s=setup_s,
         step_s=step_s,
         test_s=image_s * (num_test + responses),
@@ -423,6 +416,8 @@ def _calibrate_aside(context: Any, runs: list[Run]) -> Calibration | str:
 def _send_calibration(connection: Connection, runs: list[Run], started_s: float) -> None:
     try:
         connection.send(calibrate(runs, started_s))
+    except KeyboardInterrupt:  # which the launcher has heard too
+        return
     except Exception as error:  # a stranger's norm may raise anything
         connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
