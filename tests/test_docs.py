@@ -156,9 +156,17 @@ def test_the_checksum_and_the_digest_are_as_the_page_says(records):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
         if not target.startswith(("http://", "https://")):
-            assert (page.parent / target).exists(), target
+            place = page.parent / target if target else page
+            assert place.exists(), target
+            assert not anchor or anchor in name_anchors(place), f"{target}#{anchor}"
+
+
+def name_anchors(page):
+    """Those of its headings, as GitHub makes them: without punctuation, in lower case, with hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def sections(page):
@@ -212,8 +220,8 @@ def test_the_notebook_runs_in_order_and_shows_what_it_promises(monkeypatch):
             if cell["cell_type"] == "code":
                 shown.append(execute_cell("".join(cell["source"]), names))
     assert list(shown[0]["norm"].unique()) == ["bn"]
-    assert sorted(shown[1]["seed"]) == [0, 1, 2]
-    assert len(shown[2]) == 10
+    assert sorted(shown[1]["seed"]) == [0, 1, 2, 3, 4]
+    assert len(shown[2]) == names["frame"].groupby(["norm", "batch_size"]).ngroups == 28
     assert names["ax"].get_xlabel()
     assert len(names["verdicts"]) >= 11
     assert shown[-1] == 75290
@@ -245,7 +253,7 @@ def test_the_citation_and_the_changelog_know_the_version():
     assert gnbench.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_every_command_is_installed_and_explains_itself():
+def test_every_command_has_its_function():
     scripts = re.search(r"\[project.scripts\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
     targets = dict(re.findall(r'^([\w-]+) = "(.*)"$', scripts, re.MULTILINE))
     assert set(targets) == {"gnbench", "gnbench-report", "gnbench-runs"}
