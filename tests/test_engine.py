@@ -40,6 +40,7 @@ SEEDS = (3, 4, 5)
 NORMS = sorted(set(choices("norm")) - {"custom"})
 normalize = one_pass.normalize
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}  # of what 20 steps change, relative to its largest part
+GENTLE = {"base_lr": 0.02, "batch_size": 4}  # rounding grows over steps, faster at a larger rate
 
 
 def trainings(dtype: torch.dtype = torch.float32, norm: str = "bn", model: str = "resnet8", **recipe) -> list[Training]:
@@ -89,8 +90,7 @@ def assert_close(ours: Training, reference: Training, start: dict, tolerance: fl
 @pytest.mark.parametrize("norm", NORMS)
 def test_seeds_as_one_network_step_as_they_do_alone(norm, dtype):
     recipe = {"label_smoothing": 0.1, "nesterov": True, "norm_weight_decay": False, "weight_decay": 0.01}
-    recipe |= {"base_lr": 0.02, "batch_size": 4}  # rounding grows over steps, faster at a larger rate
-    alone, together = trainings(dtype, norm, **recipe), trainings(dtype, norm, **recipe)
+    alone, together = trainings(dtype, norm, **GENTLE, **recipe), trainings(dtype, norm, **GENTLE, **recipe)
     one, two, three = together
     losses = step(Fused([one, None, two, three]), 20, dtype)  # with an empty lane among them
     for lane in (0, 2) if dtype == torch.float64 else (1,):
@@ -103,7 +103,7 @@ def test_seeds_as_one_network_step_as_they_do_alone(norm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("norm", ["bn", "gn", "brn"])
 def test_another_memory_format_steps_alike(norm, dtype):
-    alone, other = trainings(dtype, norm)[0], trainings(dtype, norm)[0]
+    alone, other = trainings(dtype, norm, **GENTLE)[0], trainings(dtype, norm, **GENTLE)[0]
     start = {key: value.clone() for key, value in alone.model.state_dict().items()}
     assert step(Eager(other, channels_last=True), 20, dtype) == pytest.approx(
         step(Eager(alone), 20, dtype), rel=TOLERANCE[dtype]
@@ -120,7 +120,7 @@ def test_a_state_saved_by_one_engine_goes_on_by_another(norm, before, after):
         "channels_last": lambda members: Eager(members[0], channels_last=True),
         "together": Fused,
     }
-    whole, first, rest = (trainings(torch.float64, norm, base_lr=0.02, batch_size=4) for _ in range(3))
+    whole, first, rest = (trainings(torch.float64, norm, **GENTLE) for _ in range(3))
     start = {key: value.clone() for key, value in whole[0].model.state_dict().items()}
     step(make["eager"](whole), 8, torch.float64)
     step(make["eager"](whole), 4, torch.float64)
@@ -168,8 +168,7 @@ def test_a_recorded_step_is_the_step(norm, together):
 @pytest.mark.parametrize("norm", NORMS)
 def test_on_a_gpu_a_graph_steps_as_the_reference_does(norm):
     set_arithmetic({"num_threads": 1, "precision": "float32"})
-    recipe = {"base_lr": 0.02, "batch_size": 4}  # rounding grows over steps, faster at a larger rate
-    reference, other = [[_on_gpu(training) for training in trainings(norm=norm, **recipe)] for _ in range(2)]
+    reference, other = [[_on_gpu(training) for training in trainings(norm=norm, **GENTLE)] for _ in range(2)]
     start = {key: value.clone() for key, value in reference[0].model.state_dict().items()}
     (expected,) = step(Eager(reference[0]), 20)
     losses = step(CudaGraph(Fused(other, channels_last=False)), 20)
@@ -281,7 +280,7 @@ def test_one_pass_lets_through_what_is_not_a_number(dtype):
 @pytest.mark.parametrize("norm", ["bn", "bn2", "gn", "gn_ws", "ln", "in"])
 def test_norms_in_one_pass_step_alike(norm, together, dtype, monkeypatch):
     """BN with a normalization batch size of its own too."""
-    reference, other = (trainings(dtype, norm.removesuffix("2"), base_lr=0.02, batch_size=4) for _ in range(2))
+    reference, other = (trainings(dtype, norm.removesuffix("2"), **GENTLE) for _ in range(2))
     for module in [m for each in (*reference, *other) for m in each.model.modules() if hasattr(m, "norm_batch_size")]:
         module.norm_batch_size = 2 if norm == "bn2" else None
     start = {key: value.clone() for key, value in reference[0].model.state_dict().items()}
