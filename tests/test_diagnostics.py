@@ -393,6 +393,8 @@ def test_by_depth_a_line_is_a_norm_and_a_row_an_epoch(tmp_path, quantity, values
     assert axes.shape == (2, 2)
     assert [line[0].get_ylabel().splitlines()[1] for line in axes] == ["epoch 1", "epoch 2"]
     assert drawn(axes[1, 0], 0) == ([1, 2, 3], values)
+    low, high = axes[1, 0].get_ylim()
+    assert len([tick for tick in axes[1, 0].get_yticks() if low <= tick <= high]) >= 2, "one number is no scale"
     assert [text.get_text() for text in axes[0, -1].get_legend().get_texts()] == ["BN", "GN"]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from gnbench.analysis import figures
 from gnbench.analysis.statistics import name_gaps
@@ -29,6 +30,7 @@ LABELS = {
 }
 LINEAR = ("stable_rank",)  # quantities that are not drawn on a logarithmic axis
 INDEPENDENT = {"color": "0.6", "linestyle": (0, (1, 1))}
+FEW_DECADES = 100.0  # ratio of an axis's ends below which powers of ten alone are too few ticks
 LARGE = 20.0  # activations beyond which a row of panels has a logarithmic axis
 MOST_EPOCHS = 3  # rows of panels, for one quantity
 MEANS = "Means over the seeds of those runs that came to the epoch"
@@ -267,12 +269,15 @@ def _draw_noise(ax: Axes, tidy: pd.DataFrame, line: dict) -> None:
 
 
 def _finish(axes: np.ndarray, layout: _Layout, note: str) -> None:
-    """Titles, whole depths and the small print."""
+    """Titles, ticks and the small print."""
     for ax, (title, _) in zip(axes[0], layout.columns, strict=True):
         ax.set_title(title)
     for ax in axes.ravel():
         if ax.get_xscale() == "linear":
             figures.set_whole_ticks(ax)
+        low, high = ax.get_ylim()
+        if ax.get_yscale() == "log" and high < FEW_DECADES * low:
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     figures.add_figure_note(axes[0, 0].figure, [note, *layout.notes])
 
 
