@@ -124,7 +124,7 @@ def test_cells_that_are_missing_failed_or_diverged_are_named_on_the_figure(tmp_p
     write_run(tmp_path, "bn", 4, 0, status="diverged")
     write_run(tmp_path, "bn", 4, 1, status="diverged")
     ax = figures.error_vs_batch_size(table.load(tmp_path))
-    assert "BN at batch size 4: 2 of 2 runs diverged (seed 0, 1)." in note(ax)
+    assert "BN at batch size 4: 2 of 2 runs diverged (seeds 0, 1)." in note(ax)
     assert "GN at batch size 4: no run." in note(ax)
     crosses = [line for line in ax.lines if line.get_marker() == "x" and line.get_linestyle() == "None"]
     assert len(crosses) == 1

@@ -263,7 +263,7 @@ def test_a_line_of_fewer_seeds_is_one_gap(tmp_path):
         if (batch_size, seed) != (8, 1):
             write_run(tmp_path, "gn", batch_size, seed)
     assert statistics.name_gaps(table.load(tmp_path)) == [
-        "GN: no run of seed 2, 3",
+        "GN: no run of seeds 2, 3",
         "GN at batch size 8: no run of seed 1",
     ]
 

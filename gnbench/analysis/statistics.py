@@ -5,7 +5,7 @@ A spread over three to five seeds is itself uncertain, so intervals are t-interv
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -259,14 +259,14 @@ def _name_cell_gaps(grid: pd.DataFrame) -> list[str]:
     for label, line in grid.groupby("label", sort=False):
         if line["cell"].nunique() > 1 and seeds - set(line["seed"]):
             fewer[label] = seeds - set(line["seed"])
-            sentences.append(f"{label}: no run of seed {_list(fewer[label])}")
+            sentences.append(f"{label}: no run of {_name_seeds(fewer[label])}")
     for _, rows in grid.groupby("cell", sort=False):
         parts = []
         for status, runs in rows[rows["status"] != "done"].groupby("status"):
-            parts.append(f"{len(runs)} of {number_of(len(rows), 'run')} {status} (seed {_list(runs['seed'])})")
+            parts.append(f"{len(runs)} of {number_of(len(rows), 'run')} {status} ({_name_seeds(runs['seed'])})")
         absent = seeds - set(rows["seed"]) - fewer.get(rows.iloc[0]["label"], set())
         if absent:
-            parts.append(f"no run of seed {_list(absent)}")
+            parts.append(f"no run of {_name_seeds(absent)}")
         if parts:
             first = rows.iloc[0]
             sentences.append(f"{name_cell(first['label'], *first[list(AXES)])}: {'; '.join(parts)}")
@@ -292,5 +292,6 @@ def _name_absent_cells(grid: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def _list(values: Sequence) -> str:
-    return ", ".join(map(str, sorted(set(values))))
+def _name_seeds(seeds: Iterable[int]) -> str:
+    different = sorted(set(seeds))
+    return f"seed{'s' * (len(different) > 1)} {', '.join(map(str, different))}"
