@@ -26,7 +26,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from gnbench.command_line import format_value
 from gnbench.configs import CONFIGS, choices
 from gnbench.console import fall_silent
-from gnbench.errors import SweepFailed, UserError, first_line
+from gnbench.errors import Exited, SweepFailed, UserError, first_line
 from gnbench.plan import Run
 from gnbench.schema import Config, explain_unknown_key, plan
 from gnbench.words import describe
@@ -51,7 +51,7 @@ for plugin in (Grid, Cores, Plan, Slurm):  # Hydra's own search for plugins does
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends a sweep in one process; Hydra would take an Exception for the end of one run, and go on."""
+    """A signal ends a sweep; Hydra would take an Exception for the end of one run, and go on."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -91,10 +91,15 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises what it would print over several lines
     if not {"", os.getcwd()} & set(sys.path):  # `python -m gnbench` has it: a norm of one's own beside one
         sys.path.append(os.getcwd())
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what is trained at the moment writes its checkpoints
     app = hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(train_one)
     with _exit_on_error():
         app()
         sys.stdout.flush()
+
+
+def _stop(number: int, _: object) -> None:
+    raise Stopped(number)
 
 
 @contextlib.contextmanager
@@ -105,7 +110,7 @@ def _exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt as error:  # a sweep's launcher, or a run before its first step
         number = getattr(error, "number", signal.SIGINT)
         if rank() == FIRST:
-            print(f"gnbench: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+            print(f"gnbench: {_tell_stopped(number)}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(128 + number)  # sys.exit's status is lost where the interrupt met an exec(), of a dataclass say
     except BrokenPipeError:
@@ -121,6 +126,10 @@ def _exit_on_error() -> Iterator[None]:
         sys.exit(status)
 
 
+def _tell_stopped(number: int) -> str:
+    return f"stopped by {signal.Signals(number).name}; the same command goes on"
+
+
 def _exit_status(error: Exception) -> int:
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)) or _is_hydras(error):
         return REFUSED
@@ -131,8 +140,10 @@ def _exit_status(error: Exception) -> int:
 def _sentence(error: Exception) -> str:
     """What is wrong, in one sentence; Hydra's and OmegaConf's own messages spread it over several lines."""
     text = str(error)
-    if isinstance(error, (UserError, SweepFailed, WorkerLost)):
+    if isinstance(error, (UserError, SweepFailed, WorkerLost, Exited)):
         return text
+    if (number := getattr(error, "number", None)) is not None:
+        return _tell_stopped(number)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return (

@@ -15,6 +15,8 @@ def as_command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequenc
 
     @functools.wraps(main)
     def command(argv: Sequence[str] | None = None) -> int:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a dash, where the locale has ASCII alone
         try:
             code = main(argv)
             sys.stdout.flush()

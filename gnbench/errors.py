@@ -1,5 +1,8 @@
 """The exceptions whose messages are shown to the user without a traceback, and what others say in one line."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """What was asked for cannot be done; the message names the key or file, its value, and what is legal."""
@@ -20,6 +23,23 @@ def require(condition: bool, key: str, value: object, legal: str) -> None:
 
 class SweepFailed(Exception):
     """Some runs of a sweep failed; the message lists them, each with its cause and its log."""
+
+
+class Exited(Exception):
+    """A norm or a model from outside ended the program, as no layer may."""
+
+
+@contextlib.contextmanager
+def exits_are_errors() -> Iterator[None]:
+    """Let `sys.exit` inside be an error like any other: the program's end would pass for success.
+
+    Raises:
+        Exited: it was called.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise Exited(f"a layer called sys.exit({'' if error.code is None else repr(error.code)})") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from gnbench.cost import measure_cost
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
 from gnbench.engine import check_engine, make_engine
-from gnbench.errors import UserError
+from gnbench.errors import UserError, exits_are_errors
 from gnbench.files import CORRUPT, cannot_write, check_place, set_aside
 from gnbench.lock import held
 from gnbench.machine import choose_device, describe_environment, set_arithmetic
@@ -48,6 +48,7 @@ class Interrupted(Exception):
         self.number = number
 
 
+@exits_are_errors()
 def check_runs(runs: list[Run], here: bool = True) -> None:
     """Try every norm on every channel count of its model, before any training.
 
@@ -57,6 +58,7 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
     Raises:
         UserError: a norm cannot be used there, the images are too small for the model, the device, the engine or
             TensorBoard is not to be had, or the directory that runs go to cannot be written.
+        Exited: a norm ended the program.
     """
     if here:
         for place in {run.directory.parent for run in runs if not run.is_finished()}:
@@ -272,6 +274,7 @@ def _explain(error: Exception) -> str:
     return text
 
 
+@exits_are_errors()
 def _train_recorded(members: list[_Member], progress: bool, alone: bool) -> None:
     config = members[0].run.config
     device = choose_device(config["device"], config["precision"])

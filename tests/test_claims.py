@@ -13,11 +13,30 @@ from gnbench.analysis import claims, table
 SEEDS = range(5)
 
 
-def write_cell(directory, norm, batch_size, mean, sd=0.2, seeds=SEEDS, **options):
-    """Seeds spread evenly around `mean`, with standard deviation `sd`."""
+def write_cell(directory, norm, batch_size, mean, sd=0.2, seeds=SEEDS, train_error=None, **options):
+    """Seeds spread evenly around `mean`, and around `train_error`, with standard deviation `sd`."""
     spread = np.linspace(-1, 1, len(seeds))
-    for seed, error in zip(seeds, mean + sd * spread / spread.std(ddof=1), strict=True):
-        write_run(directory, norm, batch_size, seed, test_error=float(error), **options)
+    for seed, off in zip(seeds, sd * spread / spread.std(ddof=1), strict=True):
+        trained = {} if train_error is None else {"train_error": float(train_error + off)}
+        write_run(directory, norm, batch_size, seed, test_error=float(mean + off), **trained, **options)
+
+
+def test_seeds_that_agree_to_the_last_image_prove_nothing(tmp_path):
+    for norm, batch_size, mean in (("bn", 32, 40), ("bn", 4, 50), ("bn", 2, 60), *(("gn", n, 50) for n in (32, 4, 2))):
+        write_cell(tmp_path, norm, batch_size, mean, sd=0)
+    table_of_claims = claims.claims(table.load(tmp_path)).set_index("claim")
+    assert set(table_of_claims["verdict"]) == {claims.OPEN, claims.NOT_TESTED}
+    told = table_of_claims.loc["BN beats GN at batch size 32.", "detail"]
+    assert told == f"GN at batch size 32 and BN at batch size 32: {claims.NO_SPREAD}"
+
+
+def test_lines_that_touch_at_a_size_cross_there(tmp_path):
+    for norm, errors in (("bn", (20, 30, 40)), ("gn", (30, 30, 30))):
+        for batch_size, mean in zip((32, 8, 2), errors, strict=True):
+            write_cell(tmp_path, norm, batch_size, mean)
+    found = judge(tmp_path, "BN's and GN's lines cross")
+    assert found["verdict"] == claims.HOLDS
+    assert "the crossover lies between 2 and 32 (the means cross between 2 and 32)" in found["detail"]
 
 
 def judge(directory, start, **options):

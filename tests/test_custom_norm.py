@@ -23,6 +23,8 @@ from gnbench.run import execute
 
 TINY = ("data=tiny", "model=resnet8", "epochs=1", "batch_size=8", "num_threads=1", "results=out")
 MYNORM = """
+import sys
+
 import torch
 from torch import nn
 
@@ -61,6 +63,20 @@ class NormAndSwish(nn.GroupNorm):
     def forward(self, x):
         y = super().forward(x)
         return y * torch.sigmoid(y) if self.apply_act else y
+
+
+class Last(nn.GroupNorm):
+    calls = 0
+
+    def __init__(self, num_channels):
+        super().__init__(4, num_channels)
+        print("a norm's own words")
+
+    def forward(self, x):
+        Last.calls += len(x) == 8
+        if Last.calls == 7:
+            sys.exit(0)
+        return super().forward(x)
 
 
 class Unit(nn.Module):
@@ -294,3 +310,22 @@ def test_planning_a_strangers_norm_does_not_import_torch(mynorm, tmp_path):
 def test_every_public_norm_of_the_package_is_reached_by_its_import_path():
     for name in gnbench.norms.__all__:
         assert partial({"name": name, "_target_": f"gnbench.norms.{name}"}).func is getattr(gnbench.norms, name)
+
+
+def test_a_norm_that_ends_the_program_is_a_failed_run(gnbench, tmp_path):
+    (tmp_path / "mynorm.py").write_text(MYNORM)
+    done = gnbench(*TINY, "norm=custom", "norm._target_=mynorm.Last")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "gnbench: a layer called sys.exit(0)")
+    (path,) = tmp_path.glob("out/*/record.json")
+    record = json.loads(path.read_text())
+    assert (record["status"], record["cause"]) == ("failed", "Exited: a layer called sys.exit(0)")
+
+
+def test_a_norms_own_words_are_no_commands(gnbench, tmp_path):
+    (tmp_path / "mynorm.py").write_text(MYNORM)
+    words = ("norm=custom", "norm._target_=mynorm.Last", "hydra/launcher=plan", "hydra.launcher.commands=true")
+    done = gnbench("-m", *TINY, *words)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("gnbench ")
+    assert "a norm's own words" in done.stderr

@@ -177,8 +177,24 @@ def test_workers_of_several_images_stand_at_their_images(tmp_path):
 
 def test_the_axis_ends_where_errors_do(tmp_path):
     write_run(tmp_path, "bn", 32, 0, test_error=20)
-    write_run(tmp_path, "bn", 32, 1, test_error=60)
+    write_run(tmp_path, "bn", 32, 1, test_error=90)
     assert figures.error_vs_batch_size(table.load(tmp_path)).get_ylim() == (0, 100)
+
+
+def test_one_wide_interval_leaves_the_other_lines_room(tmp_path):
+    for batch_size, errors in ((32, (4, 4.1, 4.2)), (2, (6, 6.2, 6.1))):
+        for seed, error in enumerate(errors):
+            write_run(tmp_path, "bn", batch_size, seed, test_error=error)
+    ax = figures.error_vs_batch_size(table.load(tmp_path))
+    assert CARETUP not in [line.get_marker() for line in ax.lines], "an interval of three seeds that agree is shown"
+    for seed, error in enumerate((5, 25)):
+        write_run(tmp_path, "mine", 32, seed, test_error=error)
+    ax = figures.error_vs_batch_size(table.load(tmp_path))
+    bottom, top = ax.get_ylim()
+    assert bottom == 0
+    assert 25 < top < 40
+    assert {y for _, y in find_marks(ax, CARETUP)} == {top}
+    assert figures.CUT_NOTE in note(ax)
 
 
 def test_an_interval_that_the_axis_cuts_ends_in_an_arrowhead_that_the_note_explains(tmp_path):

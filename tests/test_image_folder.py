@@ -175,8 +175,21 @@ def test_tiny_and_huge_images(tmp_path, height, width, suffix):
 
 def test_sixteen_bits_are_refused(tmp_path):
     write_image(tmp_path / "a.png", np.full((8, 8), 60000, dtype=np.uint16))
-    with pytest.raises(UserError, match=r"a\.png has more than 8 bits a channel"):
+    with pytest.raises(UserError, match=r"a\.png is grey with more than 8 bits"):
         decode_image(tmp_path / "a.png", 8)
+
+
+def test_sixteen_bits_of_a_colour_become_eight(tmp_path):
+    pixels = np.array([[[0x1212, 0x8080, 0xFFFF]]], dtype=">u2")
+    (tmp_path / "a.ppm").write_bytes(b"P6 1 1 65535\n" + pixels.tobytes())
+    assert decode_image(tmp_path / "a.ppm", 1).tolist() == [[[0x12, 0x80, 0xFF]]]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(folder, load):
+    os.mkfifo(folder / "train/cat/pipe.png")
+    with pytest.raises(UserError, match=r"train/cat/pipe\.png is no file, though its name ends like an image's"):
+        load()
 
 
 @pytest.mark.parametrize("name", ["0.png", "0.jpg", "0.tif", "0.webp", "0.bmp"])

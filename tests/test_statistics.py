@@ -59,7 +59,6 @@ def test_paired_t_is_scipys():
     result = statistics.compare_paired_t(a, b)
     assert result["p"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
     assert result["difference"] == pytest.approx(np.mean(a - b))
-    assert statistics.compare_paired_t(b, b)["p"] == 1
     assert math.isnan(statistics.compare_paired_t(a[:1], b[:1])["p"])
 
 
@@ -70,9 +69,14 @@ def test_welch_of_too_few_values_judges_nothing():
     assert result["difference"] == pytest.approx(1 - sum(B) / 3)
 
 
-def test_welch_without_any_spread_is_certain():
-    assert statistics.compare_welch([90.0, 90.0], [90.0, 90.0])["p"] == 1
-    assert statistics.compare_welch([90.0, 90.0], [80.0, 80.0])["p"] == 0
+@pytest.mark.parametrize("other", [80.0, 90.0])
+def test_without_any_spread_there_is_nothing_to_judge_by(other):
+    """Two seeds that agree to the last image are luck, or collapsed; they are no proof."""
+    a, b = pd.Series([90.0, 90.0]), pd.Series([other, other])
+    results = [statistics.compare_welch(a, b), statistics.compare_paired_t(a, b)]
+    for result in [*results, statistics.compare_equivalence(a, b, 20.0)]:
+        assert result["difference"] == 90 - other
+        assert np.isnan([result["low"], result["high"], result["p"]]).all()
 
 
 def naive_sign_flips(differences):
@@ -125,9 +129,7 @@ def test_equivalence_is_the_90_percent_interval_inside_the_margin():
     assert verdicts == {True, False}
 
 
-def test_equivalence_without_spread_or_without_values():
-    assert statistics.compare_equivalence([1.0, 1.0], [1.5, 1.5], 1.0)["p"] == 0
-    assert statistics.compare_equivalence([1.0, 1.0], [2.5, 2.5], 1.0)["p"] == 1
+def test_equivalence_without_values():
     assert math.isnan(statistics.compare_equivalence([1.0], [1.0, 1.1], 1.0)["p"])
 
 

@@ -137,7 +137,7 @@ def test_a_row_says_how_far_a_run_is_and_ctrl_c_leaves_the_terminal_clean(tmp_pa
     assert is_left_clean(terminal)
     assert terminal.lines[-2:] == [
         "stopping: what is trained at this moment writes its checkpoints",
-        "gnbench: stopped by SIGINT",
+        "gnbench: stopped by SIGINT; the same command goes on",
     ]
     assert [record["status"] for record in records(tmp_path / "out")] == ["interrupted"] * 2
 

@@ -76,12 +76,13 @@ def error_by_statistics(
     norms = list(rows["panel"].unique())
     axes = _new_pairs(len(norms), [label for label, *_ in [*errors, *parts]]) if axes is None else axes
     positions = sorted(int(value) for value in rows["x"].dropna().unique())
+    summaries = pd.concat([summarize(own, column) for _, _, own, column in errors])
     for number, norm in enumerate(norms):
         above, below = axes[2 * number : 2 * number + 2]
+        figures.limit_errors(above, summaries)
         for ax, lines in ((above, errors), (below, parts)):
             _draw_lines(ax, norm, lines, positions)
             figures.set_log2_axis(ax, positions, decreasing=True)
-        figures.keep_to_percent(above)
         below.axhline(0, color="0.6", linewidth=0.8)
         above.set_title(figures.wrap_label(norm, 26))
         below.set_xlabel(figures.AXIS_LABELS[x] if len(norms) == 1 else figures.name_axis(x))
@@ -91,9 +92,8 @@ def error_by_statistics(
     last = 2 * min(len(norms), figures.MOST_COLUMNS)
     figures.add_legend(axes[last - 2], [(label, line) for label, line, *_ in errors])
     figures.add_legend(axes[last - 1], [(name, line) for name, line, *_ in parts])
-    summaries = pd.concat([summarize(own, column) for _, _, own, column in errors])
     notes = [
-        f"{figures.describe_means(summaries)}.{figures.describe_cuts(summaries)}",
+        f"{figures.describe_means(summaries)}.{figures.describe_cuts(axes[0], summaries)}",
         "In points: the parts of the test error with running averages minus the training error",
         figures.describe_runs(rows, x),
         left_out,

@@ -8,6 +8,7 @@ that has no run is not tested. docs/report.md tells the tests and the columns.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +35,7 @@ HOLDS, FAILS, OPEN, NOT_TESTED = "holds", "does not hold", "cannot tell yet", "n
 MARGIN = 1.0  # points of test error: less counts as level, more as a rise
 LARGE, SMALL = 32, 2  # the paper's ends of the axis, images that share statistics
 RIVALS = ("bn", "gn")  # with which every other norm is compared
+NO_SPREAD = "the seeds' numbers are all the same, so there is no spread to judge by"
 OF_ANY = "asked of every norm"  # the source of a statement that no paper makes
 MOST_SEEDS = 1000  # beyond, nobody will train them
 COLUMNS = (
@@ -262,8 +264,14 @@ def tell_p(p: float, p_holm: float, family: str, against: str = "") -> str:
 
 
 def compare(a: Cell, b: Cell, threshold: float = 0.0, below: bool = False) -> Part:
-    """The claim that mean(a) - mean(b) is above `threshold` (or below it), by Welch's two-sided test."""
+    """The claim that mean(a) - mean(b) is above `threshold` (or below it), by Welch's two-sided test.
+
+    Raises:
+        CannotTell: a cell has a problem, or neither has any spread.
+    """
     welch = compare_welch(a.values - threshold, b.values)
+    if math.isnan(welch["p"]):
+        raise CannotTell(f"{a.name} and {b.name}: {NO_SPREAD}")
     side = -1 if below else 1
     return Part(
         name=f"{a.name} − {b.name}",
@@ -352,7 +360,7 @@ def judge_winner(winner: str, loser: str, size: int) -> Callable[[Grid, float], 
     """Whether `winner` has the lower error at `size`, corrected over all the sizes at which both norms were trained."""
 
     def judge(grid: Grid, _: float) -> Finding:
-        check_cells(grid.cell(loser, size), grid.cell(winner, size))
+        compare(grid.cell(loser, size), grid.cell(winner, size))  # says why they cannot be
         return decide([compare_family(grid, loser, winner)[size]])
 
     return judge
@@ -362,7 +370,7 @@ def judge_other(norm: str, rival: str, size: int) -> Callable[[Grid, float], Fin
     """Whether `norm` has a lower error than `rival` at `size`, corrected over all the norms that are asked the same."""
 
     def judge(grid: Grid, _: float) -> Finding:
-        check_cells(grid.cell(rival, size), grid.cell(norm, size))
+        compare(grid.cell(rival, size), grid.cell(norm, size))  # says why they cannot be
         return decide([grid.others(rival, size)[norm]])
 
     return judge
@@ -382,14 +390,14 @@ def compare_family(grid: Grid, a: str, b: str) -> dict[int, Part]:
 def judge_crossover(grid: Grid, _: float) -> Finding:
     """BN ahead at some size and GN at a smaller one, both after Holm."""
     sizes = dict.fromkeys((LARGE, SMALL, *grid.sizes("bn"), *grid.sizes("gn")))
-    check_cells(*(grid.cell(norm, size) for size in sizes for norm in ("bn", "gn")))
+    for size in sizes:
+        compare(grid.cell("gn", size), grid.cell("bn", size))  # says why one cannot be
     parts = compare_family(grid, "gn", "bn")
     bn_ahead = [size for size, part in parts.items() if part.is_shown()]
     gn_ahead = [size for size, part in parts.items() if part.is_refuted()]
+    ahead = [size for size, part in parts.items() if part.support != 0]  # where the means are equal, nobody is
     between = [
-        f"{low} and {high}"
-        for high, low in zip(parts, list(parts)[1:], strict=False)
-        if parts[high].support * parts[low].support < 0
+        f"{low} and {high}" for high, low in itertools.pairwise(ahead) if parts[high].support * parts[low].support < 0
     ]
     means = f"the means cross between {', '.join(between)}" if between else "the means do not cross"
     largest, smallest = parts[max(parts)], parts[min(parts)]
@@ -479,6 +487,8 @@ def judge_precise(grid: Grid, _: float) -> Finding:
     averages = grid.cell("bn", SMALL, "test_error_ema")
     precise = grid.cell("bn", SMALL, "test_error_precise")
     test = compare_paired_t(averages.values, precise.values)
+    if math.isnan(test["p"]):
+        raise CannotTell(f"{averages.name}, running averages − precise: {NO_SPREAD}")
     part = Part(
         name=f"{averages.name}, running averages − precise",
         **{key: test[key] for key in ("difference", "low", "high", "test", "p")},
@@ -532,7 +542,8 @@ def state_others(grid: Grid) -> list[tuple[str, Callable[[Grid, float], Finding]
     stated = []
     for label in grid.list_others():
         sizes, name = grid.sizes(label), label.replace("{", "{{").replace("}", "}}")
-        large, small = sizes[0], sizes[-1]
+        small = sizes[-1]
+        large = LARGE if small < LARGE in sizes else sizes[0]
         if large > small:
             level = f"{name}'s test error is level from batch size {large} to {small}: within {{margin}}."
             stated.append((level, judge_level(label, large, small), OF_ANY))

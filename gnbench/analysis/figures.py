@@ -86,7 +86,8 @@ LEVEL_NOTE = (
     "Level, with its seeds at the end: a norm that looks at one image at a time, or always at the whole batch; trained "
     "once for the whole axis."
 )
-CUT_NOTE = "Arrowheads: an interval goes on beyond 0 or 100 %."
+CUT_NOTE = "Arrowheads: an interval goes on beyond the axis."
+REACH, LEAST_REACH = 0.5, 5.0  # of an axis beyond what was measured: a share of that, and points
 REFERENCE_NOTE = "Light and hollow: published by others, with other data or recipes, against images per worker."
 
 
@@ -199,6 +200,7 @@ def error_vs_batch_size(
     if ax is None:
         across, down = measure_legend([*labels, *sources])
         ax = new_axes(1, (4.9 + 0.1 * len(labels) + across, max(4.2, 0.8 + down)))[0]
+    limit_errors(ax, summary, kept["test_error"], published.get("test_error"))
     placed = list(summary.loc[summary["x"].notna(), "label"].unique())
     gap = find_gap(len(placed)) * (-1 if decreasing else 1)
     for label in labels:
@@ -209,11 +211,10 @@ def error_vs_batch_size(
         else:
             _draw_level(ax, cells, kept, positions, styles[label])
     _draw_reference(ax, published, sources)
-    keep_to_percent(ax)
     set_log2_axis(ax, positions, decreasing)
     ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS["test_error"])
     add_legend(ax, [*((label, styles[label]) for label in labels), *sources.items()])
-    notes = [describe_lines(summary), describe_runs(kept, x), describe_test_error(kept)]
+    notes = [describe_lines(ax, summary), describe_runs(kept, x), describe_test_error(kept)]
     notes += [REFERENCE_NOTE if sources else "", LEVEL_NOTE if len(placed) < len(labels) else ""]
     add_note(ax, [*notes, left_out, *name_gaps(frame)])
     return ax
@@ -241,6 +242,7 @@ def error_by_norm(
         across, down = min(len(labels), MOST_COLUMNS), math.ceil(len(labels) / MOST_COLUMNS)
         axes = new_axes(len(labels), (2 * across + 0.8, 1.8 * down + 0.7), sharey=True)
     for number, (ax, label) in enumerate(zip(axes, labels, strict=True)):
+        limit_errors(ax, summary, kept["test_error"])
         for other in familiar:
             if other != label:
                 _draw_behind(ax, summary[summary["label"] == other], positions, styles[other]["linestyle"])
@@ -255,10 +257,9 @@ def error_by_norm(
             ax.set_xlabel(name_axis(x))
         if number % MOST_COLUMNS == 0:
             ax.set_ylabel(AXIS_LABELS["test_error"])
-    keep_to_percent(axes[0])
     lines = [f"{label} ({LINE_NAMES[styles[label]['linestyle']]})" for label in familiar]
     grey = f"In grey: {' and '.join(lines)}." if lines else ""
-    notes = [describe_lines(summary), grey, describe_runs(kept, x), describe_test_error(kept)]
+    notes = [describe_lines(axes[0], summary), grey, describe_runs(kept, x), describe_test_error(kept)]
     notes += [LEVEL_NOTE if summary["x"].isna().any() else "", left_out, *name_gaps(frame)]
     add_figure_note(axes[0].figure, notes)
     return axes
@@ -354,12 +355,13 @@ def error_vs_groups(
     rows = frame[frame["batch_size"] == batch_size]
     panels = [key for key in GROUP_LABELS if rows.loc[rows["norm"] == "gn", key].nunique() > 1]
     axes = new_axes(len(panels), (1.8 + 3.25 * len(panels), 3.6), sharey=True) if axes is None else axes
-    handles, settings = {}, list(rows["setting"].unique())
+    handles, settings, summary = {}, list(rows["setting"].unique()), summarize(rows)
     for ax, key in zip(axes, panels, strict=True):
         extreme = {"num_groups": "ln", "channels_per_group": "in"}[key]
         extreme_rows = rows[rows["norm"] == extreme]
         own = rows[(rows["norm"] == "gn") & rows[key].notna()]
         drawn = pd.concat([own, extreme_rows.assign(**{key: 1})])
+        limit_errors(ax, summary, rows["test_error"])
         for (norm, setting), runs in drawn.groupby(["norm", "setting"], sort=False):
             line, cells = style_variant(norm, settings.index(setting)), summarize(runs)
             _draw_cells(ax, cells.assign(x=cells[key].astype(float)), runs, line, aside=-0.13)
@@ -368,18 +370,16 @@ def error_vs_groups(
         ax.set_xlabel(GROUP_LABELS[key])
     add_legend(axes[-1], list(handles.items()))
     axes[0].set_ylabel(AXIS_LABELS["test_error"])
-    for ax in axes:  # after both are drawn, for they may share the axis
-        keep_to_percent(ax)
-    notes = [describe_lines(summarize(rows)), describe_runs(rows), *name_gaps(rows)]
+    notes = [describe_lines(axes[0], summary), describe_runs(rows), *name_gaps(rows)]
     add_figure_note(axes[0].figure, notes)
     return axes
 
 
-def describe_lines(summary: pd.DataFrame) -> str:
+def describe_lines(ax: Axes, summary: pd.DataFrame) -> str:
     """What lines, bars, dots, arrowheads and crosses are, with n."""
     dots = "; small dots beside a mean: its seeds" if summary["n"].max() > 1 else ""
     crosses = " Crosses: failed or diverged runs." if (summary["failed"] + summary["diverged"]).any() else ""
-    return f"{describe_means(summary)}{dots}.{describe_cuts(summary)}{crosses}"
+    return f"{describe_means(summary)}{dots}.{describe_cuts(ax, summary)}{crosses}"
 
 
 def describe_seeds(frame: pd.DataFrame, means: str = "Means over seeds.") -> str:
@@ -417,9 +417,10 @@ def describe_means(summary: pd.DataFrame) -> str:
     return f"Mean of n = {seeds} seeds a cell; bars: 95 % t-interval"
 
 
-def describe_cuts(summary: pd.DataFrame) -> str:
+def describe_cuts(ax: Axes, summary: pd.DataFrame) -> str:
     """What arrowheads are, where `mark_cuts` draws any."""
-    return f" {CUT_NOTE}" if ((summary["low"] < 0) | (summary["high"] > 100)).any() else ""
+    bottom, top = ax.get_ylim()
+    return f" {CUT_NOTE}" if ((summary["low"] < bottom) | (summary["high"] > top)).any() else ""
 
 
 def describe_runs(frame: pd.DataFrame, x: str = "") -> str:
@@ -473,16 +474,26 @@ def set_whole_ticks(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def keep_to_percent(ax: Axes) -> None:
-    """Two seeds may have an interval of ±100 points: the axis ends where errors do."""
-    low, high = ax.get_ylim()
-    if low < 0 or high > 100:
-        ax.set_ylim(max(low, 0), min(high, 100))
+def limit_errors(ax: Axes, cells: pd.DataFrame, *others: pd.Series | None) -> None:
+    """End an axis of errors before they are drawn: at 0 and 100 %, and not far from what was measured.
+
+    Two seeds may have an interval of ±100 points, beside which all lines were one.
+    """
+    shown = pd.concat([cells["mean"], *(values for values in others if values is not None)]).dropna()
+    if shown.empty:
+        return
+    reach = max(REACH * np.ptp(shown), LEAST_REACH)
+    low = min(shown.min(), cells["low"].clip(lower=max(shown.min() - reach, 0)).min())
+    high = max(shown.max(), cells["high"].clip(upper=min(shown.max() + reach, 100)).max())
+    if high > low:
+        margin = mpl.rcParams["axes.ymargin"] * (high - low)
+        ax.set_ylim(max(low - margin, 0), min(high + margin, 100))
 
 
 def mark_cuts(ax: Axes, cells: pd.DataFrame, color: str) -> None:
-    """Arrowheads at 0 and 100 %, where `keep_to_percent` ends the axis, for the intervals that go on beyond."""
-    for beyond, edge, marker in ((cells["low"] < 0, 0, CARETDOWN), (cells["high"] > 100, 100, CARETUP)):
+    """Arrowheads at the ends that `limit_errors` gave the axis, for the intervals that go on beyond."""
+    bottom, top = ax.get_ylim()
+    for beyond, edge, marker in ((cells["low"] < bottom, bottom, CARETDOWN), (cells["high"] > top, top, CARETUP)):
         if beyond.any():
             x = cells.loc[beyond, "x"]
             ax.plot(x, np.full(len(x), edge), linestyle="", marker=marker, markersize=5, color=color, zorder=3)

@@ -53,10 +53,13 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple
 
 
 def compare_welch(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE) -> dict:
-    """Welch's test of mean(a) - mean(b): difference, low, high, p (two-sided); NaN for fewer than two values."""
+    """Welch's test of mean(a) - mean(b): difference, low, high, p (two-sided).
+
+    low, high and p are NaN for fewer than two values, and where neither a nor b has any spread to judge by.
+    """
     difference, error, df = _welch(a, b)
-    half = special.stdtrit(df, (1 + confidence) / 2) * error if error > 0 else error
-    p = 2 * special.stdtr(df, -abs(difference) / error) if error > 0 else _certain(difference == 0, error)
+    half = special.stdtrit(df, (1 + confidence) / 2) * error
+    p = 2 * special.stdtr(df, -abs(difference) / error)
     return _comparison("Welch", difference, difference - half, difference + half, p, a, b)
 
 
@@ -78,12 +81,15 @@ def compare_paired(a: pd.Series, b: pd.Series, confidence: float = CONFIDENCE) -
 
 
 def compare_paired_t(a: pd.Series, b: pd.Series, confidence: float = CONFIDENCE) -> dict:
-    """Student's test of the differences a - b over the seeds that both have: for two measurements of the same runs."""
+    """Student's test of the differences a - b over the seeds that both have: for two measurements of the same runs.
+
+    low, high and p are NaN for fewer than two differences, and where all are the same.
+    """
     differences = (a - b).dropna().to_numpy(dtype=float)
     mean = differences.mean() if len(differences) else math.nan
-    p = math.nan
-    if len(differences) > 1:
-        p = stats.ttest_1samp(differences, 0).pvalue if np.ptp(differences) > 0 else float(mean == 0)
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return _comparison("paired t", mean, math.nan, math.nan, math.nan, differences, differences)
+    p = stats.ttest_1samp(differences, 0).pvalue
     return _comparison("paired t", mean, *t_interval(differences, confidence), p, differences, differences)
 
 
@@ -94,7 +100,7 @@ def compare_equivalence(a: Sequence[float], b: Sequence[float], margin: float) -
     """
     difference, error, df = _welch(a, b)
     room = margin - abs(difference)
-    p = special.stdtr(df, -room / error) if error > 0 else _certain(room <= 0, error)
+    p = special.stdtr(df, -room / error)
     comparison = compare_welch(a, b, confidence=1 - 2 * ALPHA)
     return {**comparison, "test": f"TOST ±{margin:g}", "p": float(p)}
 
@@ -211,13 +217,8 @@ def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]
     # Equal values may have a variance of 1e-30 from rounding, which is no spread.
     parts = np.array([values.var(ddof=1) / len(values) if np.ptp(values) > 0 else 0.0 for values in (a, b)])
     if not parts.any():
-        return difference, 0.0, math.inf
+        return difference, math.nan, math.nan
     return difference, math.sqrt(parts.sum()), parts.sum() ** 2 / (parts**2 / [len(a) - 1, len(b) - 1]).sum()
-
-
-def _certain(unproven: bool, error: float) -> float:
-    """p where there is no spread at all: 1 or 0; NaN where there are too few values to know."""
-    return math.nan if math.isnan(error) else float(unproven)
 
 
 def _comparison(test: str, difference: float, low: float, high: float, p: float, a: Sequence, b: Sequence) -> dict:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -32,8 +33,9 @@ def load_image_folder(
     Which files: those whose names end in EXTENSIONS (in either case), in a class folder or deeper. All others, and
     whatever begins with a dot, are ignored. Classes and images stand in the order of their names.
 
-    Which pixels: the file's first frame, as stored (no EXIF rotation); transparency over black; grey as RGB; the
-    largest centred square, resized with an antialiased bilinear filter; an image of `size` x `size` as it is.
+    Which pixels: the file's first frame, as stored (no EXIF rotation); transparency over black; grey as RGB; a
+    colour's 16 bits as 8; the largest centred square, resized with an antialiased bilinear filter; an image of `size` x
+    `size` as it is.
 
     They are decoded once, into a directory in `cache` (None: $XDG_CACHE_HOME/gnbench, or ~/.cache/gnbench), and
     again when any file's name, size or time changes, or when the cache is corrupt. Several processes that need the
@@ -45,7 +47,7 @@ def load_image_folder(
 
     Raises:
         UserError: the layout is another, a class is empty, train and test differ in their classes, a file is
-            broken or has more than 8 bits a channel, or the cache cannot be written.
+            broken or grey with more than 8 bits, or the cache cannot be written.
     """
     if not isinstance(size, int) or size < 1:
         raise UserError(f"data.size={size} is not legal for the images of {root}: it is a number of pixels, 1 or more")
@@ -135,6 +137,8 @@ def digest_listing(root: Path, files: dict[str, dict[str, list[str]]]) -> str:
                 stat = os.stat(f"{root}/{path}")
             except OSError as error:
                 raise UserError(f"cannot read {root}/{path}: {error.strerror}") from error
+            if not S_ISREG(stat.st_mode):  # a pipe would be waited for without end
+                raise UserError(f"{root}/{path} is no file, though its name ends like an image's")
             digest.update(os.fsencode(f"{path}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"))
     return digest.hexdigest()
 
@@ -159,12 +163,12 @@ def decode_image(path: str, size: int) -> np.ndarray:
     """One file as RGB (size, size, 3), uint8, by the rules of `load_image_folder`.
 
     Raises:
-        UserError: it is broken, no image, or has more than 8 bits a channel.
+        UserError: it is broken, no image, or grey with more than 8 bits.
     """
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise UserError(f"{path} has more than 8 bits a channel (mode {image.mode}): save it with 8")
+                raise UserError(f"{path} is grey with more than 8 bits (mode {image.mode}): save it with 8")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)

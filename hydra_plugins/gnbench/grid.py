@@ -1,5 +1,7 @@
 """Hydra's sweeper for grids: the whole grid is checked before its first run, and only what is left is launched."""
 
+import contextlib
+import sys
 from dataclasses import dataclass
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -83,7 +85,8 @@ class Grid(Sweeper):
         if left:
             from gnbench.run import check_runs  # imports torch: not for a sweep that is done
 
-            check_runs([run for run, _ in left], here=getattr(self.launcher, "here", True))
+            with contextlib.redirect_stdout(sys.stderr):  # a stranger's norm prints, into a list of commands too
+                check_runs([run for run, _ in left], here=getattr(self.launcher, "here", True))
 
     def _combinations(self, arguments: list[str]) -> list[list[str]]:
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
