@@ -391,7 +391,7 @@ def judge_crossover(grid: Grid, _: float) -> Finding:
     """BN ahead at some size and GN at a smaller one, both after Holm."""
     sizes = dict.fromkeys((LARGE, SMALL, *grid.sizes("bn"), *grid.sizes("gn")))
     for size in sizes:
-        compare(grid.cell("gn", size), grid.cell("bn", size))  # says why one cannot be
+        compare(grid.cell("bn", size), grid.cell("gn", size))  # says why one cannot be
     parts = compare_family(grid, "gn", "bn")
     bn_ahead = [size for size, part in parts.items() if part.is_shown()]
     gn_ahead = [size for size, part in parts.items() if part.is_refuted()]
