@@ -31,15 +31,17 @@ class Exited(Exception):
 
 @contextlib.contextmanager
 def exits_are_errors() -> Iterator[None]:
-    """Let `sys.exit` inside be an error like any other: the program's end would pass for success.
+    """Let an exit that would pass for success be an error; others, as a scheduler's on a signal, end the program.
 
     Raises:
-        Exited: it was called.
+        Exited: `sys.exit` was called with 0 or nothing.
     """
     try:
         yield
     except SystemExit as error:
-        raise Exited(f"a layer called sys.exit({'' if error.code is None else repr(error.code)})") from error
+        if error.code:
+            raise
+        raise Exited(f"a layer called sys.exit({'' if error.code is None else error.code})") from error
 
 
 def first_line(error: BaseException) -> str:
