@@ -538,7 +538,7 @@ STATEMENTS = (  # statement, its test, where it is made
 
 
 def state_others(grid: Grid) -> list[tuple[str, Callable[[Grid, float], Finding], str]]:
-    """What is asked of every other norm: is it level over its sizes, and ahead of BN and GN at its smallest?"""
+    """Asked of every other norm: is it level from 32 or its largest on, and does it beat BN and GN at its last?"""
     stated = []
     for label in grid.list_others():
         sizes, name = grid.sizes(label), label.replace("{", "{{").replace("}", "}}")
