@@ -22,14 +22,15 @@ from torch import nn
 
 import gnbench
 import gnbench.run as run_module
+from gnbench import kernels
 from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.configs import choices
 from gnbench.data import prepare, train_batches
 from gnbench.engine import CudaGraph, Eager, Fused, make_engine, most_lanes
 from gnbench.engine.eager import take_one_pass
 from gnbench.errors import UserError
+from gnbench.kernels import one_pass
 from gnbench.machine import set_arithmetic
-from gnbench.norms import one_pass
 from gnbench.plan import Run, plan_run
 from gnbench.record import RECORD, load_record
 from gnbench.run import execute, execute_group
@@ -181,7 +182,7 @@ def _on_gpu(training: Training) -> Training:
     return Training(training.model.cuda(), dataset, training.recipe, training.seed)
 
 
-needs_compiler = pytest.mark.skipif(not one_pass.is_available(), reason="norms in one pass need a compiler")
+needs_compiler = pytest.mark.skipif(not kernels.are_available(), reason="kernels need a compiler")
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}  # relative to the largest number
 
 
@@ -359,7 +360,7 @@ def test_one_pass_rounds_to_bf16_as_torch_does():
     assert torch.equal(norm(x)[0, :, 0, 0], norm.bias.bfloat16())
 
 
-def test_without_a_compiler_torchs_own_norms_are_taken_and_that_is_said_once(tmp_path):
+def test_without_a_compiler_torchs_own_kernels_are_taken_and_that_is_said_once(tmp_path):
     """In a process of its own, where no compiler can be found and nothing is compiled yet."""
     code = (
         "from test_engine import *; torch.set_num_threads(1); long = make_training('gn', epochs=1050); "
@@ -369,12 +370,8 @@ def test_without_a_compiler_torchs_own_norms_are_taken_and_that_is_said_once(tmp
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, check=True, env=environment(nowhere), capture_output=True, text=True)
     assert done.stdout == "channels_last | channels_last\n"
-    assert (
-        done.stderr.count(
-            "trained by torch's own norms, which are slower; norms in one pass were not to be had: [Errno 2]"
-        )
-        == 1
-    )
+    said = "trained by torch's own kernels, which are slower; gnbench's were not to be had: [Errno 2]"
+    assert done.stderr.count(said) == 1
 
 
 @pytest.mark.parametrize(
@@ -466,7 +463,7 @@ def test_which_engine_auto_takes():
     assert make_engine([training], "eager").name == "eager"
     assert make_engine([training], "auto").name == "channels_last"
     assert make_engine(trainings(), "auto").name == "3 seeds as one network, channels_last"
-    available = one_pass.is_available()
+    available = kernels.are_available()
     fast = "channels_last, norms in one pass" if available else "channels_last"
     long = make_training("bn", epochs=1_050)  # of 96 images each
     assert make_engine([long], "auto").name == fast
@@ -702,7 +699,7 @@ def test_both_engines_err_alike(tmp_path, monkeypatch):
 
     eager, auto = errors("eager"), errors("auto")
     names = {record["environment"]["engine"] for record in records(tmp_path / "auto")}
-    assert all(name.endswith("norms in one pass") for name in names) or not one_pass.is_available()
+    assert all(name.endswith("norms in one pass") for name in names) or not kernels.are_available()
     assert stats.ks_2samp(eager, auto).pvalue > 0.1
     differences = [one - other for one, other in zip(eager, auto, strict=True)]
     assert len(set(eager)) == 10

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from gnbench import kernels
 from gnbench.engine.eager import Eager
 from gnbench.engine.fused import Fused
 from gnbench.engine.graph import CudaGraph
 from gnbench.errors import UserError
 from gnbench.models.resnet import BasicBlock
-from gnbench.norms import one_pass
 from gnbench.norms.batch import BatchNorm
 from gnbench.norms.group import GroupNorm
 from gnbench.train import Engine, Training
@@ -54,7 +54,7 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     training = next(training for training in lanes if training is not None)
     recipe, device = training.recipe, training.dataset.mean.device
     check_engine(engine, device)
-    in_one_pass = engine == "auto" and _is_worth_compiling(training) and one_pass.is_available()
+    in_one_pass = engine == "auto" and _is_worth_compiling(training) and kernels.are_available()
     channels_last = in_one_pass or (engine == "auto" and prefers_channels_last(training))
     if count_workers() > 1:
         from gnbench.engine.distributed import Distributed  # torch.distributed is for those who need it
@@ -75,7 +75,7 @@ def _is_worth_compiling(training: Training) -> bool:
     It gains where a model asks for the ReLU and the addition together with the norm: in the CIFAR ResNets.
     """
     norms = [module.norm1 for module in training.model.modules() if isinstance(module, BasicBlock)]
-    known = any(type(norm) in (BatchNorm, GroupNorm) and len(norm.weight) % one_pass.WIDTH == 0 for norm in norms)
+    known = any(type(norm) in (BatchNorm, GroupNorm) and len(norm.weight) % kernels.WIDTH == 0 for norm in norms)
     long = training.total_steps * training.recipe.batch_size >= WORTH_COMPILING
     on_cpu = training.dataset.mean.device.type == "cpu" and torch.get_num_threads() == 1
     return known and long and on_cpu and count_workers() == 1

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.norms import one_pass
+from gnbench.kernels import one_pass
 from gnbench.norms.group import count_groups
 from gnbench.norms.precision import widen
 

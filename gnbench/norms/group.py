@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from gnbench.norms import one_pass
+from gnbench.kernels import one_pass
 
 
 class GroupNorm(nn.GroupNorm):
