@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,8 @@ from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.configs import choices
 from gnbench.data import prepare, train_batches
 from gnbench.engine import CudaGraph, Eager, Fused, make_engine, most_lanes
-from gnbench.engine.eager import take_one_pass
+from gnbench.engine.eager import take_kernels
 from gnbench.errors import UserError
-from gnbench.kernels import one_pass
 from gnbench.machine import set_arithmetic
 from gnbench.plan import Run, plan_run
 from gnbench.record import RECORD, load_record
@@ -39,7 +39,6 @@ from hydra_plugins.gnbench.cores import Cores
 
 SEEDS = (3, 4, 5)
 NORMS = sorted(set(choices("norm")) - {"custom"})
-normalize = one_pass.normalize
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}  # of what 20 steps change, relative to its largest part
 GENTLE = {"base_lr": 0.02, "batch_size": 4}  # rounding grows over steps, faster at a larger rate
 
@@ -93,7 +92,7 @@ def test_seeds_as_one_network_step_as_they_do_alone(norm, dtype):
     recipe = {"label_smoothing": 0.1, "nesterov": True, "norm_weight_decay": False, "weight_decay": 0.01}
     alone, together = trainings(dtype, norm, **GENTLE, **recipe), trainings(dtype, norm, **GENTLE, **recipe)
     one, two, three = together
-    losses = step(Fused([one, None, two, three]), 20, dtype)  # with an empty lane among them
+    losses = step(Fused([one, None, two, three], winograd=True), 20, dtype)  # with an empty lane among them
     for lane in (0, 2) if dtype == torch.float64 else (1,):
         start = {key: value.clone() for key, value in alone[lane].model.state_dict().items()}
         (expected,) = step(Eager(alone[lane]), 20, dtype)
@@ -279,17 +278,20 @@ def test_one_pass_lets_through_what_is_not_a_number(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
 @pytest.mark.parametrize("norm", ["bn", "bn2", "gn", "gn_ws", "ln", "in"])
-def test_norms_in_one_pass_step_alike(norm, together, dtype, monkeypatch):
-    """BN with a normalization batch size of its own too."""
+def test_kernels_step_alike(norm, together, dtype, monkeypatch):
+    """Norms in one pass, BN with a normalization batch size of its own too, and convolutions with less to multiply."""
     reference, other = (trainings(dtype, norm.removesuffix("2"), **GENTLE) for _ in range(2))
     for module in [m for each in (*reference, *other) for m in each.model.modules() if hasattr(m, "norm_batch_size")]:
         module.norm_batch_size = 2 if norm == "bn2" else None
     start = {key: value.clone() for key, value in reference[0].model.state_dict().items()}
     make = Fused if together else lambda members, **ways: Eager(members[0], **ways)
-    calls = []
-    monkeypatch.setattr(one_pass, "normalize", lambda *args, **options: calls.append(1) or normalize(*args, **options))
-    losses = step(make(other, channels_last=True, one_pass=True), 20, dtype)
-    assert len(calls) == 20 * 7, "each of the model's norms"
+    calls, call = Counter(), kernels.call
+    monkeypatch.setattr(kernels, "call", lambda name, *arguments: calls.update([name]) or call(name, *arguments))
+    losses = step(make(other, channels_last=True, one_pass=True, winograd=True), 20, dtype)
+    apart = 3 if together and norm == "gn_ws" else 1  # by computed weights each seed has a convolution of its own
+    norms, convs = 20 * 7, 20 * 4 * apart  # each of the model's norms, and the convolutions that keep size and width
+    names = {"forward": norms, "backward": norms, "convolve": convs, "input_gradient": convs, "weight_gradient": convs}
+    assert calls == names
     (expected,) = step(Eager(reference[0]), 20, dtype)
     assert losses[0] == pytest.approx(expected, rel=TOLERANCE[dtype])
     assert_close(other[0], reference[0], start, TOLERANCE[dtype])
@@ -299,7 +301,7 @@ def test_norms_in_one_pass_step_alike(norm, together, dtype, monkeypatch):
 def test_one_pass_leaves_room_for_those_who_listen():
     """A hook on a norm, or on the ReLU after it, is to see what it sees elsewhere."""
     model = gnbench.model("resnet8", norm="gn")
-    take_one_pass(model, True)
+    take_kernels(model, one_pass=True, winograd=False)
     x, heard = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), []
     model.to(memory_format=torch.channels_last)
     before = model(x)
@@ -311,7 +313,7 @@ def test_one_pass_leaves_room_for_those_who_listen():
     assert torch.allclose(model(x), before, atol=1e-5)
     assert [bool((output < 0).any()) for output in heard] == [True, False]
     other = gnbench.model("resnet8", norm="gn").to(memory_format=torch.channels_last)
-    take_one_pass(other, True)
+    take_kernels(other, one_pass=True, winograd=False)
     other.blocks[0].norm1.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
     other.blocks[1].norm2.register_full_backward_hook(lambda *_: heard.append(None))
     other(x).sum().backward()
@@ -464,12 +466,14 @@ def test_which_engine_auto_takes():
     assert make_engine([training], "auto").name == "channels_last"
     assert make_engine(trainings(), "auto").name == "3 seeds as one network, channels_last"
     available = kernels.are_available()
-    fast = "channels_last, norms in one pass" if available else "channels_last"
+    half = "channels_last, norms in one pass" if available else "channels_last"
+    fast = f"{half}, Winograd convolutions" if available else "channels_last"
     long = make_training("bn", epochs=1_050)  # of 96 images each
     assert make_engine([long], "auto").name == fast
     assert make_engine([make_training("in", epochs=1_050)], "auto").name == (fast if available else "eager")
     assert make_engine(trainings(norm="gn", epochs=1_050), "auto").name == f"3 seeds as one network, {fast}"
-    assert make_engine([make_training("frn", epochs=1_050)], "auto").name == "channels_last"
+    assert make_engine([make_training("frn", epochs=1_050)], "auto").name == fast.replace("norms in one pass, ", "")
+    assert make_engine([replace(make_training("bn", epochs=1_050), precision="bf16")], "auto").name == half
     assert make_engine([replace(make_training("gn"), precision="bf16")], "auto").name == "eager"
     assert make_engine([make_training("in")], "auto").name == "eager"
     assert make_engine(trainings(norm="in"), "auto").name == "3 seeds as one network"
@@ -699,7 +703,9 @@ def test_both_engines_err_alike(tmp_path, monkeypatch):
 
     eager, auto = errors("eager"), errors("auto")
     names = {record["environment"]["engine"] for record in records(tmp_path / "auto")}
-    assert all(name.endswith("norms in one pass") for name in names) or not kernels.are_available()
+    assert (
+        all(name.endswith("norms in one pass, Winograd convolutions") for name in names) or not kernels.are_available()
+    )
     assert stats.ks_2samp(eager, auto).pvalue > 0.1
     differences = [one - other for one, other in zip(eager, auto, strict=True)]
     assert len(set(eager)) == 10

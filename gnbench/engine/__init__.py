@@ -16,6 +16,8 @@ from gnbench.engine.eager import Eager
 from gnbench.engine.fused import Fused
 from gnbench.engine.graph import CudaGraph
 from gnbench.errors import UserError
+from gnbench.kernels import winograd
+from gnbench.models.conv import Conv2d
 from gnbench.models.resnet import BasicBlock
 from gnbench.norms.batch import BatchNorm
 from gnbench.norms.group import GroupNorm
@@ -43,7 +45,8 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
 
     What is taken depends on the whole training, not on what is left of it, so that a resumed one goes on with the same
     arithmetic on the same machine. On a CPU, by one thread, BN at any normalization batch size and GN with any number
-    of groups go in one pass over memory, unless the training is too short to compile that, or there is no compiler.
+    of groups go in one pass over memory, and convolutions in float32 with fewer multiplications, unless the training is
+    too short to compile that, or there is no compiler.
 
     Args:
         engine: eager is the reference, for a single training; auto takes what is faster; cuda_graph records the step.
@@ -54,8 +57,7 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     training = next(training for training in lanes if training is not None)
     recipe, device = training.recipe, training.dataset.mean.device
     check_engine(engine, device)
-    in_one_pass = engine == "auto" and _is_worth_compiling(training) and kernels.are_available()
-    channels_last = in_one_pass or (engine == "auto" and prefers_channels_last(training))
+    channels_last, one_pass, by_winograd = _find_ways(training) if engine == "auto" else (False, False, False)
     if count_workers() > 1:
         from gnbench.engine.distributed import Distributed  # torch.distributed is for those who need it
 
@@ -63,22 +65,31 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     if len(lanes) > 1:
         if recipe.clip_grad_norm is not None:
             raise UserError("clip_grad_norm is of each seed's own gradients: its seeds are not trained as one network")
-        made: Eager | Fused = Fused(lanes, channels_last, in_one_pass)
+        made: Eager | Fused = Fused(lanes, channels_last, one_pass, by_winograd)
     else:
-        made = Eager(training, channels_last, in_one_pass)
+        made = Eager(training, channels_last, one_pass, by_winograd)
     return CudaGraph(made) if engine == "cuda_graph" else made
 
 
-def _is_worth_compiling(training: Training) -> bool:
-    """Whether a training has norms that go in one pass, and gains more by that than it waits for the compiler.
+def _find_ways(training: Training) -> tuple[bool, bool, bool]:
+    """Whether a step is faster in channels_last, by norms in one pass, and by Winograd convolutions.
 
-    It gains where a model asks for the ReLU and the addition together with the norm: in the CIFAR ResNets.
+    Norms in one pass gain where a model asks for the ReLU and the addition together with the norm: in the CIFAR
+    ResNets. What is to be compiled has to gain more than the compiler takes.
     """
-    norms = [module.norm1 for module in training.model.modules() if isinstance(module, BasicBlock)]
-    known = any(type(norm) in (BatchNorm, GroupNorm) and len(norm.weight) % kernels.WIDTH == 0 for norm in norms)
+    channels_last = prefers_channels_last(training)
     long = training.total_steps * training.recipe.batch_size >= WORTH_COMPILING
     on_cpu = training.dataset.mean.device.type == "cpu" and torch.get_num_threads() == 1
-    return known and long and on_cpu and count_workers() == 1
+    if not (long and on_cpu and count_workers() == 1):
+        return channels_last, False, False
+    modules = list(training.model.modules())
+    norms = [module.norm1 for module in modules if isinstance(module, BasicBlock)]
+    one_pass = any(type(norm) in (BatchNorm, GroupNorm) and len(norm.weight) % kernels.WIDTH == 0 for norm in norms)
+    convs = any(isinstance(module, Conv2d) and winograd.suits(module) for module in modules)
+    by_winograd = convs and training.precision != "bf16" and (channels_last or one_pass)
+    if not ((one_pass or by_winograd) and kernels.are_available()):
+        return channels_last, False, False
+    return channels_last or one_pass, one_pass, by_winograd
 
 
 def prefers_channels_last(training: Training) -> bool:

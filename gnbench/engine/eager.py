@@ -9,6 +9,7 @@ from gnbench.precise_bn import set_train_mode
 from gnbench.train import Training, lay_out_momenta
 
 ONE_PASS = "norms in one pass"
+WINOGRAD = "Winograd convolutions"
 
 
 class StepEngine:
@@ -48,20 +49,20 @@ class Eager(StepEngine):
             mathematics is the same, the rounding is not.
         one_pass: let norms that have it compute themselves, and a ReLU after them, in one pass over a channels_last
             map.
+        winograd: let convolutions that have it compute a channels_last map with fewer multiplications.
     """
 
-    def __init__(self, training: Training, channels_last: bool = False, one_pass: bool = False) -> None:
+    def __init__(
+        self, training: Training, channels_last: bool = False, one_pass: bool = False, winograd: bool = False
+    ) -> None:
         self.members = [training]
-        self.channels_last, self.one_pass = channels_last, one_pass
+        self.name = ", ".join(name_ways(channels_last, one_pass, winograd)) or "eager"
+        self.channels_last = channels_last
         if channels_last:
             training.model.to(memory_format=torch.channels_last)
-        take_one_pass(training.model, one_pass)
+        take_kernels(training.model, one_pass, winograd)
         self.optimizer = training.optimizer
         lay_out_momenta(self.optimizer)
-
-    @property
-    def name(self) -> str:
-        return ", ".join(["channels_last"] * self.channels_last + [ONE_PASS] * self.one_pass) or "eager"
 
     def set_train_mode(self, frozen: bool) -> None:
         """Training mode; with `frozen`, running statistics are used as they are."""
@@ -82,11 +83,17 @@ class Eager(StepEngine):
         return loss.detach()[None], (logits.detach().argmax(1) != labels).sum()[None]
 
 
-def take_one_pass(network: nn.Module, wanted: bool) -> None:
-    """Let the norms that have it compute themselves, and a ReLU after them, in one pass over memory, or not."""
+def name_ways(channels_last: bool, one_pass: bool, winograd: bool) -> list[str]:
+    """How a step is executed, in the words of a record."""
+    return ["channels_last"] * channels_last + [ONE_PASS] * one_pass + [WINOGRAD] * winograd
+
+
+def take_kernels(network: nn.Module, one_pass: bool, winograd: bool) -> None:
+    """Let the layers that have them use gnbench's own kernels (gnbench.kernels), or not."""
     for module in network.modules():
-        if hasattr(module, "one_pass"):
-            module.one_pass = wanted
+        for name, wanted in (("one_pass", one_pass), ("winograd", winograd)):
+            if hasattr(module, name):
+                setattr(module, name, wanted)
 
 
 def forward(model: nn.Module, images: Tensor, precision: str) -> Tensor:

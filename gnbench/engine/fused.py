@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.engine.eager import ONE_PASS, StepEngine, forward, take_one_pass
+from gnbench.engine.eager import StepEngine, forward, name_ways, take_kernels
+from gnbench.models.conv import Conv2d
 from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
 from gnbench.norms.group import GroupNorm
@@ -30,6 +31,7 @@ Links = list[tuple[nn.Parameter, list[nn.Parameter | None]]]  # a fused paramete
 # takes; and those of their attributes that count channels or groups.
 COUNTS: dict[type, tuple[str, ...]] = {
     nn.Conv2d: ("in_channels", "out_channels", "groups"),
+    Conv2d: ("in_channels", "out_channels", "groups"),
     GroupNorm: ("num_channels", "num_groups"),
     BatchNorm: (),
     BatchRenorm: (),
@@ -45,20 +47,25 @@ class Fused(StepEngine):
 
     Args:
         lanes: a training for each lane, or None; all of one recipe, data set and model.
-        channels_last, one_pass: as of Eager.
+        channels_last, one_pass, winograd: as of Eager.
     """
 
-    def __init__(self, lanes: Sequence[Training | None], channels_last: bool = True, one_pass: bool = False) -> None:
-        ways = ["channels_last"] * channels_last + [ONE_PASS] * one_pass
-        self.name = ", ".join([f"{len(lanes)} seeds {TOGETHER}", *ways])
+    def __init__(
+        self,
+        lanes: Sequence[Training | None],
+        channels_last: bool = True,
+        one_pass: bool = False,
+        winograd: bool = False,
+    ) -> None:
+        self.name = ", ".join([f"{len(lanes)} seeds {TOGETHER}", *name_ways(channels_last, one_pass, winograd)])
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.lanes = list(lanes)
         self.members = [training for training in lanes if training is not None]
         links: Links = []
         self.network = _fuse([training and training.model for training in lanes], links, self.memory_format)
-        take_one_pass(self.network, one_pass)
         for training in self.members:
-            take_one_pass(training.model, False)
+            take_kernels(training.model, one_pass=False, winograd=False)
+        take_kernels(self.network, one_pass, winograd)  # after that: it may hold layers of theirs
         self.optimizer = make_optimizer(self.network, self.members[0].recipe, self._find_spared(links))
         self._share_momenta(links)
 

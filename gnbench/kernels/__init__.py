@@ -69,13 +69,13 @@ def shape_of(*names: str) -> type[ctypes.Structure]:
 
 
 def is_map(x: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether x (N, C, H, W) is a map that kernels for these types are for, on a CPU, by one thread."""
+    """Whether x (N, C, H, W) is a map that kernels for these types are for, once it is channels_last: on a CPU, by one
+    thread."""
     return (
         x.device.type == "cpu"
         and x.dtype in dtypes
         and x.ndim == 4
         and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
         and torch.get_num_threads() == 1
         and are_available()
     )

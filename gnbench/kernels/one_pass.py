@@ -19,6 +19,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None = Non
     """Whether the kernel can be used on a map x (N, C, H, W): on a CPU, one thread, stored as (N, H, W, C)."""
     return (
         kernels.is_map(x, WIDE)
+        and x.is_contiguous(memory_format=torch.channels_last)
         and x.shape[1] % kernels.WIDTH == 0
         and all(_is_of_channels(parameter, x) for parameter in (weight, bias))
         and (shortcut is None or (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype))

@@ -13,6 +13,7 @@ from gnbench.models import (
     norm_and_activation,
     norm_then_relu,
 )
+from gnbench.models.conv import Conv2d
 from gnbench.torchvision_compat import import_torchvision
 
 WIDTHS = (16, 32, 64)  # channels of the three stages
@@ -37,9 +38,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, norm: NormFactory, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.norm1, self.act1 = norm_and_activation(norm, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2, self.act2 = norm_alone(norm, channels), nn.ReLU()
         same = in_channels == channels and stride == 1
         self.shortcut = nn.Identity() if same else PadShortcut(channels - in_channels, stride)
@@ -54,7 +55,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, norm: NormFactory, num_classes: int, depth: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
+        self.conv1 = Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
         self.norm1, self.act1 = norm_and_activation(norm, WIDTHS[0])
         blocks, in_channels = [], WIDTHS[0]
         for stage, channels in enumerate(WIDTHS):
