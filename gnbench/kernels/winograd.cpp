@@ -1,8 +1,8 @@
 // Convolutions by 3 x 3, stride 1 and padding 1, of maps stored as (N, H, W, C), by Winograd's minimal filtering
 // F(2 x 2, 3 x 3) (arXiv:1509.09308): 16 multiplications for 2 x 2 outputs of a channel, and not 36.
 //
-// A tile is 2 x 2 outputs y and the patch d of 4 x 4 inputs that they depend on. With g the weights, and summed over the
-// input channels,
+// A tile is 2 x 2 outputs y and the patch d of 4 x 4 inputs that they depend on. With g the weights, and summed over
+// the input channels,
 //   y = A' [(G g G') * (B' d B)] A,
 // and of dy, the gradient of y, the patch of the input's gradient is made in the same way from weights that are turned
 // by half a circle, while the weights' own gradient, summed over the tiles, is
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int PLACES = 16;
 constexpr int64_t TILES = 16;  // at a time: their patches and products fit into the cache
-constexpr int64_t LINE = 64;  // bytes of a line of the cache
+constexpr int64_t LINE = 64;   // bytes of a line of the cache
 
 // Rows of a product that are summed up at a time; the sums and a row of the factor they share are kept in registers.
 #if defined(__AVX512F__)
@@ -203,7 +203,8 @@ void transpose(Block<T>& block) {
     }
 }
 
-// What is done to the blocks of weights (outputs, 3, 3, inputs), a block for each of the 9: WIDTH outputs by WIDTH inputs.
+// change(o, i, at) for each WIDTH outputs from o and WIDTH inputs from i on of weights (outputs, 3, 3, inputs): at(r, n)
+// is where the WIDTH numbers of output o + r at the n-th of the 9 positions begin.
 template <typename T, typename Change>
 void for_blocks(int64_t inputs, int64_t outputs, T* weights, Change change) {
     for (int64_t o = 0; o < outputs; o += WIDTH)
@@ -211,7 +212,7 @@ void for_blocks(int64_t inputs, int64_t outputs, T* weights, Change change) {
             change(o, i, [=](int64_t r, int n) { return weights + ((o + r) * 9 + n) * inputs + i; });
 }
 
-// G g G': rows of the matrices are input channels and columns are output channels, or with TURNED, which also turns g by
+// G g G': rows of the matrices are input channels and columns output channels, or with TURNED, which also turns g by
 // half a circle, the other way round.
 template <bool TURNED, typename T>
 void transform_weights(int64_t inputs, int64_t outputs, const T* weights, const Matrices<T>& to) {
@@ -264,8 +265,8 @@ void transform_weight_gradient(int64_t inputs, int64_t outputs, const Matrices<T
     });
 }
 
-// to (rows x columns) = left (rows x terms) right (terms x columns), or with ADDED to += left' right, left (terms x rows):
-// ROWS rows and VECS * WIDTH columns of it.
+// to (rows x columns) = left (rows x terms) right (terms x columns), or with ADDED to += left' right, of a left
+// (terms x rows): ROWS rows and VECS * WIDTH columns of it.
 template <int VECS, bool ADDED, typename T>
 void multiply_part(int64_t rows, int64_t terms, int64_t columns, const T* left, const T* right, T* to) {
     Vec<T> sums[ROWS][VECS];
