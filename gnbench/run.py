@@ -29,11 +29,12 @@ from gnbench.files import CORRUPT, cannot_write, check_place, set_aside
 from gnbench.lock import held
 from gnbench.machine import choose_device, describe_environment, set_arithmetic
 from gnbench.plan import SPLIT_KEYS, Run, load_images, make_recipe, unverified_images
-from gnbench.progress import Teller
+from gnbench.progress import Lines, Teller, describe_errors
 from gnbench.record import CHECKPOINTS, LOCK, RECORD, NotToBeRead, delete_parts, load_record, save_record
 from gnbench.run_log import logging_to
 from gnbench.train import Diverged, Engine, Training, summarize, train
 from gnbench.trial import check_batches, check_images, check_norm
+from gnbench.words import name_run
 from gnbench.workers import broadcast, count_workers, share_signals
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) 
     traceback. What stops all of the runs, or the only one, is raised again.
 
     Args:
-        progress: show a bar, where standard error is a terminal.
+        progress: show a bar on standard error, or a line now and then where that is no terminal.
         alone: leave the network of which a run's checkpoint was a part, and with it the last bits: it failed there.
     """
     records, members = {}, []
@@ -355,7 +356,7 @@ def _train_lanes(
         attempt(training, lambda: members[training].finish(status="diverged", cause=str(error)))
 
     with _progress_bar(members, progress) as bar:
-        pause = _Pause(digests, members, engine, attempt, stop, bar)
+        pause = _Pause(digests, members, engine, attempt, stop, bar, has_lines=progress and bar.disable)
         train(engine, pause, drop)
         crash_at("trained")
         while engine.members:
@@ -465,6 +466,7 @@ class _Pause:
         attempt: Callable[[Training, Callable[[], None]], None],
         stop: list[int],
         bar: tqdm,
+        has_lines: bool,
     ) -> None:
         self.digests, self.members, self.engine, self.attempt = digests, members, engine, attempt
         self.stop, self.bar = stop, bar
@@ -473,9 +475,9 @@ class _Pause:
         self.num_epochs = len(training.progress.history)
         config = member.run.config
         self.checkpoint_s = config["checkpoint_s"]
-        self.teller = Teller(
-            training.progress.step, training.total_steps, training.steps_per_epoch, config["batch_size"]
-        )
+        extent = (training.progress.step, training.total_steps, training.steps_per_epoch, config["batch_size"])
+        self.teller = Teller(*extent)
+        self.lines = Lines(name_run(config), *extent) if has_lines else None
 
     def __call__(self) -> None:
         progress = self.engine.members[0].progress
@@ -486,6 +488,8 @@ class _Pause:
         if len(progress.history) > self.num_epochs:
             self.num_epochs = len(progress.history)
             self._for_each(self._end_epoch)
+        if self.lines and self.lines.is_due(progress.step):
+            self.lines.tell(progress.step, progress.history)
         share_signals(self.stop)
         if self.stop:
             self.stop_here()
@@ -512,12 +516,12 @@ class _Pause:
 
     def _show(self, training: Training) -> None:
         row = training.progress.history[-1]
-        tested = "" if row["test_error"] is None else f"{row['test_error']:.2f} %"
         log.info(
-            "epoch %d: training loss %.4f, training error %.2f %%%s, %.1f s",
-            row["epoch"], row["train_loss"], row["train_error"], tested and f", test error {tested}", row["time_s"],
+            "epoch %d: training loss %.4f, %s, %.1f s",
+            row["epoch"], row["train_loss"], describe_errors(row), row["time_s"],
             extra={"run": self.members[training].run.name},
         )  # fmt: skip
+        tested = "" if row["test_error"] is None else f"{row['test_error']:.2f} %"
         self.bar.set_postfix_str(f"train {row['train_error']:.1f} %" + (tested and f", test {tested}"))
 
 

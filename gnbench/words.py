@@ -10,8 +10,7 @@ NOT_TOLD = ("seed", "norm_batch_size", "num_threads", *NOT_IDENTITY)  # of a con
 def describe(record: dict, varied: str = "") -> str:
     """A finished run in one line; `varied` is what else its sweep varies."""
     config, result, cost = record["config"], record["result"], record.get("cost")
-    varied = f" {varied}" if varied else ""
-    name = f"{config['norm']['name']} batch_size={config['batch_size']}{varied} seed={config['seed']}"
+    name = name_run(config, varied)
     if cost is not None:
         return (
             f"{name} {cost['norm_format']} {config['precision']}: {cost['step_ms']:.2f} ms a step, "
@@ -24,6 +23,12 @@ def describe(record: dict, varied: str = "") -> str:
         f"{name}: test error {result['test_error']:.2f} %, training error {result['train_error']:.2f} % "
         f"in {result['time_s']:.0f} s"
     )
+
+
+def name_run(config: dict, varied: str = "") -> str:
+    """A run in a line about it; `varied` is what else its sweep varies."""
+    words = [f"{config['norm']['name']} batch_size={config['batch_size']}", varied, f"seed={config['seed']}"]
+    return " ".join(filter(None, words))
 
 
 def name_cells(configs: Sequence[dict]) -> list[str]:

@@ -188,6 +188,65 @@ def test_progress_that_cannot_be_written_stops_nobody(tmp_path):
     assert json.loads((tmp_path / PROGRESS).read_text())["epoch"] == 2
 
 
+HISTORY = [{"epoch": 40, "train_error": 12.345, "test_error": 20.0}]
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "epoch_s", "least", "most"),
+    [(3, 1.0, 0, 0), (30, 60.0, 29, 31), (1000, 60.0, 49, 51), (1, 3600.0, 10, 11), (1000, 0.02, 1, 2)],
+)
+def test_a_log_gets_a_line_an_epoch_but_not_a_thousand_lines(monkeypatch, capsys, num_epochs, epoch_s, least, most):
+    now_s = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
+    lines = progress.Lines("gn", step=0, num_steps=100 * num_epochs, steps_per_epoch=100, batch_size=8)
+    for step in range(1, 100 * num_epochs + 1):
+        now_s += epoch_s / 100
+        if lines.is_due(step):
+            lines.tell(step, HISTORY)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert least <= err.count("\n") <= most
+
+
+def test_a_line_says_the_speed_or_an_epochs_errors_and_the_time_left(monkeypatch, capsys):
+    now_s = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now_s)
+    lines = progress.Lines("gn", step=350, num_steps=1000, steps_per_epoch=10, batch_size=8)
+    now_s += 25
+    lines.tell(355, HISTORY)
+    now_s += 25
+    lines.tell(400, HISTORY)
+    lines.tell(400, [{**HISTORY[0], "test_error": None}])
+    assert capsys.readouterr().err.splitlines() == [
+        "gn: step 355 of 1000, 2 images/s, about 54 min left",
+        "gn: epoch 40 of 100, training error 12.35 %, test error 20.00 %, about 10 min left",
+        "gn: epoch 40 of 100, training error 12.35 %, about 10 min left",
+    ]
+
+
+WITHOUT_WAIT = "from gnbench import cli, progress; progress.LINE_EVERY_S = 0.0; cli.main()"
+
+
+def test_a_single_run_speaks_where_there_is_no_terminal_and_a_reader_who_leaves_does_not_stop_it(tmp_path):
+    words = ["--config-dir", str(TESTS / "configs"), *TINY, "norm=gn"]
+    command = [sys.executable, "-c", WITHOUT_WAIT, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout.startswith("gn batch_size=8 seed=0: test error ")
+    first, *more = done.stderr.splitlines()
+    assert re.fullmatch(r"gn batch_size=8 seed=0: step 1 of 24, \d+ images/s, about \d+ s left", first)
+    (epoch,) = (line for line in more if "epoch" in line)
+    assert epoch.startswith("gn batch_size=8 seed=0: epoch 1 of 2, training error ")
+    assert len(more) < 12
+    ours, theirs = os.pipe()
+    os.close(ours)
+    left = subprocess.run([*command, "seed=1"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    assert left.returncode == 0
+    assert left.stdout.startswith(b"gn batch_size=8 seed=1: test error ")
+    assert {record["status"] for record in records(tmp_path / "out")} == {"done"}
+
+
 def test_a_row_is_what_record_and_progress_say(run):
     watcher = Watcher(fresh=True)
     early = make_row("a run", [watcher.look(run)])
