@@ -165,6 +165,47 @@ def test_a_comparison_names_the_keys_that_differ_and_each_runs_numbers(tmp_path,
     assert last == "3 runs, which differ in num_groups, seed, label_smoothing, weight_decay"
 
 
+def test_runs_that_the_list_would_show_alike_say_what_tells_them_apart(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / "sweep", "bn", 8, seed, test_error=20)
+        write_run(tmp_path / "sweep", "bn", 8, seed, test_error=20, base_lr=0.2, num_threads=2)
+        write_run(tmp_path / "sweep", "bn", 8, seed, test_error=20, norm_keys={"_target_": "mine.batch_norm"})
+        write_run(tmp_path / "sweep", "gn", 8, seed, test_error=20)
+    done = run_python("-m", "gnbench.analysis.runs", "sweep", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    titles, *lines = done.stdout.splitlines()
+    start, end = titles.index("differs in"), titles.index("epochs")
+    apart = [line[start:end].strip() for line in lines[:8]]
+    of_bn = ["base_lr=0.1, norm._target_=norms.batch_norm", "base_lr=0.2, norm._target_=norms.batch_norm",
+             "base_lr=0.1, norm._target_=mine.batch_norm"]  # fmt: skip
+    assert sorted(apart) == sorted(2 * [*of_bn, "–"])
+    assert main([str(tmp_path / "sweep"), "--where", "norm == 'gn'"]) == 0
+    assert "differs in" not in capsys.readouterr().out
+
+
+def test_a_comparison_says_names_and_not_what_stands_for_them(tmp_path, capsys):
+    for norm, target in (("ln", "layer_norm"), ("gn", "group_norm"), ("gn", "other_norm")):
+        for digit, data in (("a", "cifar10"), ("b", "cifar10-jpeg")):
+            keys = {"name": norm, "_target_": f"gnbench.norms.{target}"}
+            images = {"data": {"name": data}, "record_keys": {"data_fingerprint": 64 * digit}}
+            write_run(tmp_path / "norms", norm, 8, norm_keys=keys, **images)
+    assert main([str(tmp_path / "norms"), "--compare"]) == 0
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert titles.split()[:6] == ["run", "norm", "num_groups", "data", "norm._target_", "norm.eps"]
+    assert {line.split()[4] for line in lines[:6]} == {"layer_norm", "group_norm", "other_norm"}
+    assert main([str(tmp_path / "norms"), "--compare", "--where", "`norm._target_`.str.contains('r_')"]) == 0
+    assert "_target_" not in capsys.readouterr().out, "the norm's name says it"
+
+
+def test_a_comparison_of_other_images_of_one_name_tells_them_by_their_first_digits(tmp_path, capsys):
+    for seed, digit in enumerate("ab"):
+        write_run(tmp_path, "gn", 8, seed, record_keys={"data_fingerprint": 64 * digit})
+    assert main([str(tmp_path), "--compare"]) == 0
+    titles, *lines = capsys.readouterr().out.splitlines()
+    assert titles.split()[1:3] == ["seed", "data_fingerprint"]
+    assert [line.split()[2] for line in lines[:2]] == [12 * "a", 12 * "b"]
+
+
 def test_equal_configs_differ_in_nothing_and_an_unreadable_record_is_named(tmp_path, capsys):
     write_run(tmp_path, "gn", 8)
     write_run(tmp_path, "bn", 8).write_text("{}")

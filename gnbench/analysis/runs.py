@@ -7,11 +7,12 @@ gnbench-runs results/x --watch                                      what is trai
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,8 @@ from gnbench.analysis.watch import add_watch, watch_runs
 from gnbench.console import as_command
 from gnbench.errors import UserError
 from gnbench.lock import held, is_held
-from gnbench.record import LOCK, RECORD, load_record
-from gnbench.words import has_value, number_of
+from gnbench.record import LOCK, NOT_IDENTITY, RECORD, load_record
+from gnbench.words import as_typed, distinguish, has_value, number_of
 
 if TYPE_CHECKING:  # --help need not wait for pandas
     import pandas as pd
@@ -31,6 +32,8 @@ NOT_CONFIG = (  # columns that do not say what was asked for
     *("epochs_done", "num_parameters", "images_per_s", "peak_memory_mb", "norm_format", "bn_format"),
     *("threads", "measured_on", "engine_used"),
 )
+NOT_RUN = (*NOT_IDENTITY, "processor", "torch", "data.root", "data.cache")  # columns in which one run may differ
+LISTED = ("norm", "batch_size", "norm_batch_size", "seed", "epochs")  # columns of the list that say what a run is
 WATCH_S = 2.0  # between two looks of --watch
 NUMBERS = ("test_error", "final_test_error", "val_error", "train_error", "train_loss", "time_s")
 
@@ -143,23 +146,39 @@ def _require_run(place: Path) -> None:
 
 def _print_list(chosen: "pd.DataFrame", num_all: int) -> int:
     several = chosen["directory"].nunique() > 1
+    apart = _tell_apart(chosen)
     rows = [
         {
             "run": str(_place(row)) if several else row["run"],
             "status": row["status"],
             **{key: row[key] for key in ("norm", "batch_size", "norm_batch_size", "seed")},
+            **({"differs in": words} if any(apart) else {}),
             "epochs": f"{row['epochs_done']}/{row['epochs']}" if has_value(row["epochs_done"]) else None,
             "test_error": row["test_error"],
             "time": f"{row['time_s']:.0f} s" if has_value(row["time_s"]) else None,
             "cause": _explain(row),
         }
-        for row in _rows(chosen)
+        for row, words in zip(_rows(chosen), apart, strict=True)
     ]
     _print_table(rows)
     counts = ", ".join(f"{count} {status}" for status, count in chosen["status"].value_counts(sort=False).items())
     of_all = f"{len(chosen)} of " if len(chosen) < num_all else ""
     print(f"\n{of_all}{number_of(num_all, 'run')}: {counts}")
     return 0
+
+
+def _tell_apart(chosen: "pd.DataFrame") -> list[str]:
+    """What tells each run from those that are LISTED alike, as "base_lr=0.1, epochs=3"."""
+    frame = _shorten(chosen.reset_index(drop=True))
+    keys = [key for key in frame if _is_config(key) and key.split(".")[0] not in NOT_RUN and key not in NOT_RUN]
+    told = [""] * len(frame)
+    for _, alike in frame.groupby(list(LISTED), dropna=False):
+        texts = alike[keys].map(_to_text)
+        varied = distinguish(texts.to_dict("records"), keys)
+        for number, row in zip(alike.index, texts[varied].to_dict("records"), strict=True):
+            known = {key: value for key, value in row.items() if value} or row
+            told[number] = ", ".join(f"{key}={value or '–'}" for key, value in known.items())
+    return told
 
 
 def _explain(row: dict) -> str | None:
@@ -170,12 +189,9 @@ def _explain(row: dict) -> str | None:
 
 
 def _print_comparison(chosen: "pd.DataFrame") -> int:
-    readable = chosen[chosen["status"] != "unreadable"]
-    keys = [
-        key
-        for key in chosen
-        if not _is_measured(key) and key not in NOT_CONFIG and readable[key].map(_to_text).nunique() > 1
-    ]
+    readable = _shorten(chosen[chosen["status"] != "unreadable"])
+    keys = [key for key in chosen if _is_config(key) and readable[key].map(_to_text).nunique() > 1]
+    keys = [key for key in keys if not _is_named(key, readable)]
     numbers = [key for key in chosen if _is_measured(key) and readable[key].notna().any()]
     numbers = [key for key in numbers if not key.endswith(("_low", "_high"))]
     several = chosen["directory"].nunique() > 1
@@ -187,6 +203,34 @@ def _print_comparison(chosen: "pd.DataFrame") -> int:
     for row in _rows(chosen[chosen["status"] == "unreadable"]):
         _complain(row, row["cause"])
     return int(len(readable) < len(chosen))
+
+
+def _is_config(key: str) -> bool:
+    """Whether a column says what was asked for, or on what it ran."""
+    return not _is_measured(key) and key not in NOT_CONFIG and not key.startswith("tuning.")
+
+
+def _is_named(key: str, frame: "pd.DataFrame") -> bool:
+    """Whether a column, an import path or the fingerprint of images, says no more than a name does."""
+    name = re.match(r"(norm|model|data)(?:\..+)?(?:\._target_|_fingerprint)$", key)
+    return bool(name) and frame.groupby(name[1])[key].nunique(dropna=False).max() == 1
+
+
+def _shorten(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """A frame whose import paths have only their last parts, as many as tell them apart, and the images 12 digits."""
+    short = {key: _shorten_paths(frame[key]) for key in frame if key.endswith("_target_")}
+    if "data_fingerprint" in frame:
+        short["data_fingerprint"] = [
+            str(value)[:12] if has_value(value) else None for value in frame["data_fingerprint"]
+        ]
+    return frame.assign(**short)
+
+
+def _shorten_paths(paths: Iterable[str]) -> list[str]:
+    parts = [tuple(re.split("[.:]", path)) if has_value(path) else () for path in paths]
+    counts = itertools.count(1)
+    least = next(count for count in counts if len({path[-count:] for path in parts}) == len(set(parts)))
+    return [".".join(path[-least:]) for path in parts]
 
 
 def _print_commands(chosen: "pd.DataFrame") -> int:
@@ -280,7 +324,7 @@ def _to_text(value: object) -> str:
     """A value on one line; nothing for no value."""
     if not has_value(value):
         return ""
-    return f"{value:.10g}" if isinstance(value, float) else " ".join(str(value).split())
+    return f"{value:.10g}" if isinstance(value, float) else " ".join(as_typed(value).split())
 
 
 if __name__ == "__main__":
