@@ -26,7 +26,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from gnbench.command_line import format_value
 from gnbench.configs import CONFIGS, choices
 from gnbench.console import fall_silent
-from gnbench.errors import Exited, SweepFailed, UserError, first_line
+from gnbench.errors import Exited, SweepFailed, UserError, explain, first_line
 from gnbench.plan import Run
 from gnbench.schema import Config, explain_unknown_key, plan
 from gnbench.words import describe
@@ -171,7 +171,7 @@ def _sentence(error: Exception) -> str:
         return " ".join(line.strip() for line in text.splitlines())
     if _is_hydras(error):
         return text
-    return f"{type(error).__name__}: {text}"
+    return explain(error)
 
 
 def _explain_several(word: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gnbench.errors import UserError, first_line, require
+from gnbench.errors import UserError, explain, first_line, is_status, name_exit, require
 
 _PACKAGE = Path(__file__).parent
 # An installed package carries the files inside; a clone has them beside it, where people edit them.
@@ -178,9 +178,13 @@ def _resolve(node: dict) -> Callable:
     try:
         target = pkgutil.resolve_name(node["_target_"])
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{name} cannot be imported: {error}{_hint(error, node['_target_'])}") from error
+        raise UserError(f"{name} cannot be imported: {first_line(error)}{_hint(error, node['_target_'])}") from error
     except Exception as error:  # a stranger's module may raise anything while it is imported
-        raise UserError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+        raise UserError(f"{name} cannot be imported: {explain(error)}") from error
+    except SystemExit as error:
+        if is_status(error):
+            raise
+        raise UserError(f"{name} cannot be imported: it calls {name_exit(error)}") from error
     if not callable(target):
         raise UserError(f"{name} is neither a class nor a function: it is a {type(target).__name__}")
     return target

@@ -1,7 +1,12 @@
 """The exceptions whose messages are shown to the user without a traceback, and what others say in one line."""
 
 import contextlib
+import re
 from collections.abc import Iterator
+
+# Sequences that colour text or move a cursor (CSI), name a window (OSC, up to its end) or do something shorter.
+ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]")
+UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters, of the escape sequences of eight bits too
 
 
 class UserError(Exception):
@@ -30,20 +35,42 @@ class Exited(Exception):
 
 
 @contextlib.contextmanager
-def exits_are_errors() -> Iterator[None]:
-    """Let an exit that would pass for success be an error; others, as a scheduler's on a signal, end the program.
+def exits_are_errors(who: str = "a layer") -> Iterator[None]:
+    """Let an exit that is no number, or would pass for success, be an error; others, as a scheduler's, end the program.
 
     Raises:
-        Exited: `sys.exit` was called with 0 or nothing.
+        Exited: `sys.exit` was called with 0, nothing or a text.
     """
     try:
         yield
     except SystemExit as error:
-        if error.code:
+        if is_status(error):
             raise
-        raise Exited(f"a layer called sys.exit({'' if error.code is None else error.code})") from error
+        raise Exited(f"{who} called {name_exit(error)}") from error
+
+
+def is_status(error: SystemExit) -> bool:
+    """Whether an exit's number says that something ended: submitit queues a task again by such a one."""
+    return isinstance(error.code, int) and error.code != 0
+
+
+def name_exit(error: SystemExit) -> str:
+    """The call that an exit was."""
+    return f"sys.exit({'' if error.code is None else repr(error.code)})"
 
 
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its type where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return _find_words(error) or type(error).__name__
+
+
+def explain(error: BaseException) -> str:
+    """An exception's type and what it says, in one line."""
+    words = _find_words(error)
+    return f"{type(error).__name__}{': ' * bool(words)}{words}"
+
+
+def _find_words(error: BaseException) -> str:
+    """The first line that is not empty, without what a terminal would obey."""
+    lines = ESCAPES.sub("", str(error)).splitlines()
+    return next(filter(None, (UNPRINTED.sub(" ", line).strip() for line in lines)), "")

@@ -24,7 +24,7 @@ from gnbench.cost import measure_cost
 from gnbench.crash import crash_at
 from gnbench.data import Dataset, prepare
 from gnbench.engine import check_engine, make_engine
-from gnbench.errors import UserError, exits_are_errors
+from gnbench.errors import UserError, exits_are_errors, explain
 from gnbench.files import CORRUPT, cannot_write, check_place, set_aside
 from gnbench.lock import held
 from gnbench.machine import choose_device, describe_environment, set_arithmetic
@@ -49,7 +49,6 @@ class Interrupted(Exception):
         self.number = number
 
 
-@exits_are_errors()
 def check_runs(runs: list[Run], here: bool = True) -> None:
     """Try every norm on every channel count of its model, before any training.
 
@@ -76,8 +75,9 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
             params = ", ".join(f"{k}={v}" for k, v in arguments(run.config["norm"]).items())
             name = f"norm={run.config['norm']['name']}"
             label = f"{name} ({params})" if params else name
-            shape = check_norm(run.config["model"], partial(run.config["norm"]), label)
-            check_batches(run.config["norm"], shape, name)
+            with exits_are_errors(f"a layer of model={run.config['model']['name']} with {name}"):
+                shape = check_norm(run.config["model"], partial(run.config["norm"]), label)
+                check_batches(run.config["norm"], shape, name)
             images = unverified_images(json.dumps(run.config["data"])).train_images
             check_images(run.config["model"], *images.shape[1:3])
 
@@ -268,7 +268,7 @@ def _unfinished(members: list[_Member]) -> list[_Member]:
 
 def _explain(error: Exception) -> str:
     """Why a run failed, in one line; that memory ran out, on a device or on the host, in words of its own."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    text = explain(error)
     out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
     if out_of_memory or any(words in text for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
         return f"out of memory: {text}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gnbench.configs import partial
-from gnbench.errors import UserError, first_line
+from gnbench.errors import UserError, explain, first_line
 from gnbench.models import ConvWeight, NormFactory, brings_activation, norm_and_activation
 from gnbench.precise_bn import layers_with_statistics, update_precise_statistics
 
@@ -246,8 +246,7 @@ def _step(name: str) -> Iterator[None]:
 
 def _explain(error: Exception) -> str:
     """An exception's type, the first line of what it says, and where it was raised."""
-    words = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}{': ' * bool(words)}{words}{_place(error)}"
+    return f"{explain(error)}{_place(error)}"
 
 
 def _place(error: Exception) -> str:

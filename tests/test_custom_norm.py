@@ -79,6 +79,13 @@ class Last(nn.GroupNorm):
         return super().forward(x)
 
 
+class Painter(Last):
+    def forward(self, x):
+        if Last.calls == 6:
+            raise ZeroDivisionError("\\n\\x1b[31mred\\nand more")
+        return super().forward(x)
+
+
 class Unit(nn.Module):
     def __init__(self, conv, scale):
         super().__init__()
@@ -277,6 +284,21 @@ def test_a_norm_that_was_edited_since_the_run_was_planned_is_not_trained(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("source", "code", "sentence"),
+    [
+        ("sys.exit('bye')", 2, "_target_=mynorm.Norm of Norm cannot be imported: it calls sys.exit('bye')"),
+        ("sys.exit()", 2, "_target_=mynorm.Norm of Norm cannot be imported: it calls sys.exit()"),
+        ("def Norm(C): sys.exit('bye')", 1, "a layer of model=resnet8 with norm=Norm called sys.exit('bye')"),
+        ("raise ImportError('\\n\\x1b[31mred')", 2, "_target_=mynorm.Norm of Norm cannot be imported: red"),
+    ],
+)
+def test_a_module_that_ends_the_program_or_paints_the_terminal_is_named(gnbench, tmp_path, source, code, sentence):
+    (tmp_path / "mynorm.py").write_text(f"import sys\n{source}\n")
+    done = gnbench(*TINY, "norm=custom", "norm._target_=mynorm.Norm")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"gnbench: {sentence}\n")
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("norm._target_=gnbench.norms.__name__",), "is neither a class nor a function: it is a str"),
@@ -319,6 +341,12 @@ def test_a_norm_that_ends_the_program_is_a_failed_run(gnbench, tmp_path):
     (path,) = tmp_path.glob("out/*/record.json")
     record = json.loads(path.read_text())
     assert (record["status"], record["cause"]) == ("failed", "Exited: a layer called sys.exit(0)")
+
+
+def test_what_an_error_says_over_several_lines_and_in_colour_is_one_plain_line(gnbench, tmp_path):
+    (tmp_path / "mynorm.py").write_text(MYNORM)
+    done = gnbench(*TINY, "norm=custom", "norm._target_=mynorm.Painter")
+    assert (done.returncode, done.stderr) == (1, "gnbench: ZeroDivisionError: red\n")
 
 
 def test_a_norms_own_words_are_no_commands(gnbench, tmp_path):

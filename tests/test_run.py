@@ -118,6 +118,26 @@ def test_a_failed_run_says_why_and_is_tried_again(tmp_path, monkeypatch):
     assert execute(run)["status"] == "done"
 
 
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("\n\n  the cause\nand more", "ZeroDivisionError: the cause"),
+        ("\x1b[1;31mthe\x1b[0m \x1b]0;title\x07cause\x9b\b", "ZeroDivisionError: the cause"),
+        (" \n", "ZeroDivisionError"),
+        ("\nout of memory", "out of memory: ZeroDivisionError: out of memory"),
+    ],
+)
+def test_a_cause_is_one_line_that_a_terminal_may_print(tmp_path, monkeypatch, said, cause):
+    def break_down(*_):
+        raise ZeroDivisionError(said)
+
+    run = plan(tmp_path)
+    monkeypatch.setattr(run_module, "train", break_down)
+    with pytest.raises(ZeroDivisionError):
+        execute(run)
+    assert load_record(run.directory / "record.json")["cause"] == cause
+
+
 def test_a_damaged_record_does_not_count_as_finished(tmp_path):
     run = plan(tmp_path)
     execute(run)

@@ -25,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from gnbench.errors import UserError, require
+from gnbench.errors import UserError, explain, require
 from gnbench.machine import num_cores
 from gnbench.plan import Run
 from gnbench.record import RECORD, load_record
@@ -347,9 +347,9 @@ def _train_planned(connection: Connection, runs: list[Run], alone: bool) -> None
             _end(record["status"] != "failed", record, record["cause"]) for record in execute_group(runs, alone=alone)
         ]
     except (KeyboardInterrupt, Interrupted) as error:  # the launcher is to hear of it
-        said = [end_of(run, f"{type(error).__name__}: {error}") for run in runs]
+        said = [end_of(run, explain(error)) for run in runs]
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
+        cause = explain(error)
         said = cause if len(runs) > 1 else [end_of(runs[0], cause)]
     _send(connection, said)
 
@@ -397,7 +397,7 @@ def _compose_and_train(
     )
     value = returned._return_value
     if returned.status == JobStatus.FAILED:
-        value = RuntimeError(f"{type(value).__name__}: {value}")
+        value = RuntimeError(explain(value))
     _send(connection, [(returned.status, value)])
 
 

@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 
 from gnbench.datasets.split import split_sizes
-from gnbench.errors import UserError
+from gnbench.errors import UserError, explain
 from gnbench.plan import Run, make_recipe, unverified_images
 from gnbench.words import duration, number_of
 from hydra_plugins.gnbench.cores import Cores, exit_word, side_by_side
@@ -419,7 +419,7 @@ def _send_calibration(connection: Connection, runs: list[Run], started_s: float)
     except KeyboardInterrupt:  # which the launcher has heard too
         return
     except Exception as error:  # a stranger's norm may raise anything
-        connection.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        connection.send(explain(error))
 
 
 def _kind(group: list[Run]) -> str:

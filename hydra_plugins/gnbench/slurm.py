@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from gnbench.errors import UserError, require
+from gnbench.errors import UserError, explain, require
 from gnbench.plan import Run
 from gnbench.words import number_of
 from hydra_plugins.gnbench.cores import (
@@ -244,7 +244,7 @@ class Task:
         try:
             return self._train()
         except Exception as error:
-            return self.end(f"{type(error).__name__}: {error}")
+            return self.end(explain(error))
 
     def _train(self) -> list[JobReturn]:
         """Train the runs; on a signal, stop them first, and then do as submitit does."""
