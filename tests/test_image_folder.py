@@ -243,14 +243,32 @@ def refuse_to_decode(path: str, size: int) -> None:
 
 def test_second_load_decodes_nothing_and_says_nothing(load, monkeypatch, capfd, caplog):
     first = load()
+    told = capfd.readouterr()
+    assert (told.out, told.err.count("\n")) == ("", 1), "a line, and no bar: stderr is no terminal"
     monkeypatch.setattr(image_folder, "decode_image", refuse_to_decode)
     for verify in (True, False):
         again = load(verify=verify)
         assert again.fingerprint == first.fingerprint
         for key in ARRAYS:
             np.testing.assert_array_equal(getattr(again, key), getattr(first, key))
-    assert capfd.readouterr() == ("", "")  # no progress bar either: stderr is no terminal
+    assert capfd.readouterr() == ("", "")
     assert not caplog.records
+
+
+def test_a_plan_says_that_it_decodes_and_then_no_more(gnbench, folder):
+    words = (
+        "data=image_folder",
+        f"data.root={folder}",
+        "data.size=8",
+        "data.cache=cache",
+        "model=resnet8",
+        "batch_size=2",
+    )
+    plan = ("-m", *words, "norm=gn", "hydra/launcher=plan", "hydra.launcher.commands=true")
+    for said in (f"gnbench: decoding 9 images of {folder} to 8 x 8, once for all runs\n", ""):
+        done = gnbench(*plan)
+        assert (done.returncode, done.stderr) == (0, said)
+        assert done.stdout.startswith("gnbench norm=gn ")
 
 
 def test_arrays_are_mapped_and_read_only(load):

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from gnbench.datasets import Images, cache_root, lock, make_images, open_images, save_images
 from gnbench.errors import UserError
+from gnbench.words import number_of
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "test")
@@ -144,10 +146,13 @@ def digest_listing(root: Path, files: dict[str, dict[str, list[str]]]) -> str:
 
 
 def decode_folder(root: Path, files: dict[str, dict[str, list[str]]], name: str, size: int) -> Images:
-    """Decode the `files` that `find_images` found; progress goes to stderr where that is a terminal."""
+    """Decode the `files` that `find_images` found; stderr gets a bar, or a line where it is no terminal."""
     num_images = sum(len(paths) for classes in files.values() for paths in classes.values())
     arrays = {}
     with tqdm(total=num_images, desc=f"decoding {name}", unit="image", disable=None) as bar:
+        if bar.disable:
+            told = f"decoding {number_of(num_images, 'image')} of {root} to {size} x {size}, once for all runs"
+            print(f"gnbench: {told}", file=sys.stderr, flush=True)
         for split, classes in files.items():
             counts = [len(paths) for paths in classes.values()]
             images = np.empty((sum(counts), size, size, 3), dtype=np.uint8)
