@@ -336,6 +336,16 @@ def test_headline_gives_the_interval_of_the_change_in_its_direction(tmp_path):
     )
 
 
+def test_headline_has_as_many_decimals_everywhere_as_one_of_its_differences_needs(tmp_path):
+    """At one decimal IN's 28.26 would be 28.3 and its 28.34 too, though the difference is 0.08, shown as 0.1."""
+    write_cells(tmp_path, "bn", {32: (23.6,), 2: (34.7,)})
+    write_cells(tmp_path, "in", {32: (28.26,), 2: (28.34,)})
+    assert page.headline(table.load(tmp_path)) == (
+        "From batch size 32 to 2, BN's test error rises by 11.10 points (23.60 to 34.70 %); "
+        "IN's rises by 0.08 points (28.26 to 28.34 %); n = 1 seed a cell, too few for an interval."
+    )
+
+
 def test_headline_of_one_seed(tmp_path):
     write_cells(tmp_path, "bn", {32: (23.6,), 2: (34.7,)})
     write_cells(tmp_path, "gn", {32: (24.1,), 2: (24.12,)})

@@ -208,12 +208,12 @@ def headline(frame: pd.DataFrame) -> str:
     words = AXES[x]
     if len(sizes) < 2:
         return _headline_of_one_size(summary, f"{words} {sizes[0]}" if sizes else "every batch size")
+    labels = summary["label"].unique()
+    found = [_find_ends(label, summary[summary["label"] == label], x, (sizes[0], sizes[-1])) for label in labels]
+    decimals = max(_find_decimals(used) for used, _ in found[:MOST_CLAUSES])
     clauses, cells, has_interval = [], [], False
-    for label in summary["label"].unique():
-        rows = summary[summary["label"] == label]
-        subject = _name_error(label, is_first=not cells)
-        clause, used = _tell_change((label, subject), rows, kept, x, (sizes[0], sizes[-1]))
-        clauses.append(clause)
+    for label, (used, problem) in zip(labels, found, strict=True):
+        clauses.append(problem or _tell_change(_name_error(label, is_first=not cells), used, kept, decimals))
         cells += used
         has_interval |= len(used) == 2 and min(cell["n"] for cell in used) > 1
     if len(clauses) > MOST_CLAUSES:
@@ -310,29 +310,31 @@ def _encode(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _tell_change(name: tuple, cells: pd.DataFrame, frame: pd.DataFrame, x: str, ends: tuple) -> tuple[str, list]:
-    """("BN's test error rises by 11.0 points [10.3, 11.7] (23.5 to 34.5 %)", its cells), or why it cannot be said.
-
-    The interval is that of the rise, or of the fall: where it goes below 0, the other is not excluded.
-    """
-    label, subject = name
-    words = AXES[x]
+def _find_ends(label: str, cells: pd.DataFrame, x: str, ends: tuple) -> tuple[list[pd.Series], str]:
+    """A line's cells at both ends of the axis, or the one that holds for all of it; or none, and why not."""
     if cells["x"].isna().all():  # one image at a time: the same run everywhere
-        cell = cells.iloc[0]
-        if problem := _find_problem(cell, "its batch size"):
-            return f"{label} {problem}", []
-        return f"{subject} does not depend on it ({cell['mean']:.1f} %)", [cell]
+        problem = _find_problem(cells.iloc[0], "its batch size")
+        return ([], f"{label} {problem}") if problem else ([cells.iloc[0]], "")
     used = []
     for size in ends:
         found = cells[cells["x"] == size]
         if found.empty:
-            return f"{label} has no run at {words} {size}", []
-        if problem := _find_problem(found.iloc[0], f"{words} {size}"):
-            return f"{label} {problem}", []
+            return [], f"{label} has no run at {AXES[x]} {size}"
+        if problem := _find_problem(found.iloc[0], f"{AXES[x]} {size}"):
+            return [], f"{label} {problem}"
         used.append(found.iloc[0])
+    return used, ""
+
+
+def _tell_change(subject: str, used: Sequence[pd.Series], frame: pd.DataFrame, decimals: int) -> str:
+    """ "BN's test error rises by 11.0 points [10.3, 11.7] (23.5 to 34.5 %)", of the cells of `_find_ends`.
+
+    The interval is that of the rise, or of the fall: where it goes below 0, the other is not excluded.
+    """
+    if len(used) == 1:
+        return f"{subject} does not depend on it ({used[0]['mean']:.{decimals}f} %)"
     before, after = (statistics.values_by_seed(frame[frame["cell"] == cell["cell"]]) for cell in used)
     change = statistics.compare_welch(after, before)
-    decimals = _find_decimals(used[0]["mean"], used[1]["mean"])
     values = f"({used[0]['mean']:.{decimals}f} to {used[1]['mean']:.{decimals}f} %)"
     is_seen = round(change["difference"], decimals) != 0
     sign = -1 if is_seen and change["difference"] < 0 else 1
@@ -340,15 +342,18 @@ def _tell_change(name: tuple, cells: pd.DataFrame, frame: pd.DataFrame, x: str, 
     low, high = (f"{round(end, decimals) + 0.0:.{decimals}f}" for end in ends)  # + 0.0: no -0.0
     interval = "" if math.isnan(change["low"]) else f" [{low}, {high}]"
     if not is_seen:
-        return f"{subject} changes by less than {10**-decimals:g} points{interval} {values}", used
+        return f"{subject} changes by less than {10**-decimals:g} points{interval} {values}"
     verb = "rises" if sign > 0 else "falls"
-    return f"{subject} {verb} by {abs(change['difference']):.{decimals}f} points{interval} {values}", used
+    return f"{subject} {verb} by {abs(change['difference']):.{decimals}f} points{interval} {values}"
 
 
-def _find_decimals(before: float, after: float) -> int:
-    """1, or 2 where at one decimal the two values' difference is not the difference shown."""
-    shown = round(after, 1) - round(before, 1)
-    return 1 if round(shown, 1) == round(after - before, 1) else 2
+def _find_decimals(used: Sequence[pd.Series]) -> int:
+    """1, or 2 where at one decimal the difference of two cells' means is not the difference shown."""
+    means = [cell["mean"] for cell in used]
+    if len(means) < 2:
+        return 1
+    shown = round(means[1], 1) - round(means[0], 1)
+    return 1 if round(shown, 1) == round(means[1] - means[0], 1) else 2
 
 
 def _find_problem(cell: pd.Series, place: str) -> str:
