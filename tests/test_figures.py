@@ -52,6 +52,21 @@ def note(ax):
     return " ".join([*texts, supxlabel]).replace("\n", " ")
 
 
+def test_what_a_figure_shows_can_be_read_as_one_paragraph(tmp_path):
+    for zero in (True, False):
+        model = {"name": "resnet20", "a_long_name_of_a_part": {"zero_init_residual": zero}}
+        write_run(tmp_path, "bn", 32, norm_batch_size=32, model=model)
+        write_run(tmp_path, "gn", 32, model=model)
+    ax = figures.error_vs_batch_size(table.load(tmp_path))
+    told = figures.describe_figure(ax.figure)
+    assert "\n" not in told
+    lines = told.partition("Lines: ")[2].partition(". n = 1")[0].split("; ")
+    assert lines == [f"{norm} [model.a_long_name_of_a_part.zero_init_residual={zero}]" for norm in ("BN", "GN")
+                     for zero in ("false", "true")]  # fmt: skip
+    assert "\n" in legend(ax)[0], "which the legend breaks"
+    assert told.endswith(note(ax).strip())
+
+
 def test_the_package_offers_figures():
     assert gnbench.figures is figures
 

@@ -76,6 +76,7 @@ FILLS = ("full", "none", "left", "top")  # of the markers of one norm's variants
 LIGHTEST, DARKEST = 0.68, 0.2  # lightness of its variants' colours: each is seen on white and is not black
 GREY = "0.35"
 OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # of a legend
+NOTE = "note"  # which text of an axis is its small print
 LEGEND_WIDTH = 46  # characters of a line
 MOST_COLUMNS = 5  # of panels
 MOST_LINES = 8  # in one panel that can still be told apart
@@ -535,6 +536,7 @@ def add_note(ax: Axes, sentences: Sequence[str], most: int = 10) -> None:
     width = ax.figure.get_figwidth() * ax.get_position().width / 0.775  # in; 0.775 is a lone axis's share
     ax.annotate(
         _wrap(sentences, width, most),
+        label=NOTE,
         xy=(0, 0),
         xycoords="axes fraction",
         xytext=(-30, -38),
@@ -550,6 +552,26 @@ def add_figure_note(figure: Figure, sentences: Sequence[str], most: int = 10) ->
     """Small print under a whole figure, as `add_note` under an axis."""
     text = _wrap(sentences, figure.get_figwidth() - 0.2, most)
     figure.supxlabel(text, x=0.01, horizontalalignment="left", fontsize=7, color=GREY)
+
+
+def describe_figure(figure: Figure) -> str:
+    """What a figure shows, for who cannot see it: its axes, panels and lines, and its small print."""
+    axes, legends = figure.axes, [legend for ax in figure.axes if (legend := ax.get_legend())]
+    rows = [text.get_text() for ax in axes if not ax.get_ylabel() for text in ax.get_yticklabels()]
+    kinds = [legend.get_title().get_text() for legend in legends]
+    parts = {
+        "Vertical axis": [ax.get_ylabel() for ax in axes],
+        "Horizontal axis": [ax.get_xlabel() for ax in axes],
+        "Rows": [row for row in rows if row[:1].isalpha()],  # of bars; others are numbers
+        "Panels": [ax.get_title() for ax in axes],
+        " ".join(["Lines", *(f"by {kind}" for kind in kinds if kind)]): [
+            text.get_text() for legend in legends for text in legend.get_texts()
+        ],
+    }
+    told = {name: [_unwrap_label(text) for text in dict.fromkeys(texts) if text] for name, texts in parts.items()}
+    notes = [text.get_text() for ax in axes for text in ax.texts if text.get_label() == NOTE]
+    notes = [note.replace("\n", " ") for note in (*notes, figure.get_supxlabel()) if note]
+    return " ".join([*(f"{name}: {'; '.join(texts)}." for name, texts in told.items() if texts), *notes])
 
 
 def save(figure: Figure, *paths: Path | str) -> None:
@@ -677,6 +699,11 @@ def _wrap(sentences: Sequence[str], width_in: float, most: int) -> str:
     more = [f"{len(told) - most} more: see the table."] if len(told) > most else []
     parts = [sentence if sentence.endswith(".") else f"{sentence}." for sentence in told[:most]]
     return textwrap.fill(" ".join(parts + more), int(width_in * 18.5))
+
+
+def _unwrap_label(text: str) -> str:
+    """A label without the line breaks of `wrap_label`."""
+    return re.sub(r"(?<=[a-z]\.)\n(?=[a-z])", "", text).replace("\n", " ")
 
 
 def _style_batch_size(number: int, count: int) -> dict:

@@ -99,7 +99,10 @@ def write_report(
         paths = [out / f"{name}.svg", out / f"{name}.png"]
         figures.save(figure, *paths)
         written += paths
-    images = [(title, _encode(out / f"{name}.svg")) for name, (title, _) in drawn.items()]
+    images = [
+        (title, figures.describe_figure(figure), _encode(out / f"{name}.svg"))
+        for name, (title, figure) in drawn.items()
+    ]
     written.append(out / "report.html")
     write_atomic(written[-1], render_page(frame, costs, tables, images, where, refresh_s).encode())
     return written, headline(frame) if len(frame) else cost.headline(costs)
@@ -226,11 +229,15 @@ def render_page(
     frame: pd.DataFrame,
     costs: pd.DataFrame,
     tables: dict,
-    images: Sequence[tuple[str, str]],
+    images: Sequence[tuple[str, str, str]],
     where: str | None = None,
     refresh_s: int | None = None,
 ) -> str:
-    """The HTML page: needs nothing from outside itself; whatever comes from records is escaped."""
+    """The HTML page: needs nothing from outside itself; whatever comes from records is escaped.
+
+    Args:
+        images: of each figure its title, what it shows, and its SVG in base64.
+    """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
