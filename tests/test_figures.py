@@ -190,6 +190,21 @@ def test_workers_of_several_images_stand_at_their_images(tmp_path):
     assert "batch_size = 8 · norm_batch_size" in note(ax)
 
 
+@pytest.mark.parametrize(("seeds", "words"), [((0, 1), "95 % t-interval as a band and its seeds"), ((0,), "seeds")])
+def test_the_note_says_what_a_level_line_and_its_band_are(tmp_path, seeds, words):
+    for seed in seeds:
+        for norm_batch_size in (32, 2):
+            write_run(tmp_path, "bn", 32, seed, norm_batch_size=norm_batch_size, test_error=20 + seed)
+        write_run(tmp_path, "gn", 32, seed, test_error=30 + seed)
+    frame = table.load(tmp_path)
+    for ax in (
+        figures.error_vs_batch_size(frame, x="norm_batch_size"),
+        *figures.error_by_norm(frame, x="norm_batch_size"),
+    ):
+        assert f"Level, with its {words} at the end: a norm that looks at one image at a time" in note(ax)
+    assert "Level" not in note(figures.error_vs_batch_size(frame[frame["norm"] == "bn"], x="norm_batch_size"))
+
+
 def test_the_axis_ends_where_errors_do(tmp_path):
     write_run(tmp_path, "bn", 32, 0, test_error=20)
     write_run(tmp_path, "bn", 32, 1, test_error=90)

@@ -84,9 +84,10 @@ FAMILIAR = ("bn", "gn")
 CURVES_NOTE = "Bold: mean over finished runs; thin: each seed."
 CROP_NOTE = "The first epochs go on beyond the upper edge."
 LEVEL_NOTE = (
-    "Level, with its seeds at the end: a norm that looks at one image at a time, or always at the whole batch; trained "
-    "once for the whole axis."
+    "Level, with its {}seeds at the end: a norm that looks at one image at a time, or always at the whole batch; "
+    "trained once for the whole axis."
 )
+BAND_NOTE = "95 % t-interval as a band and its "
 CUT_NOTE = "Arrowheads: an interval goes on beyond the axis."
 REACH, LEAST_REACH = 0.5, 5.0  # of an axis beyond what was measured: a share of that, and points
 REFERENCE_NOTE = "Light and hollow: published by others, with other data or recipes, against images per worker."
@@ -216,7 +217,7 @@ def error_vs_batch_size(
     ax.set(xlabel=AXIS_LABELS[x], ylabel=AXIS_LABELS["test_error"])
     add_legend(ax, [*((label, styles[label]) for label in labels), *sources.items()])
     notes = [describe_lines(ax, summary), describe_runs(kept, x), describe_test_error(kept)]
-    notes += [REFERENCE_NOTE if sources else "", LEVEL_NOTE if len(placed) < len(labels) else ""]
+    notes += [REFERENCE_NOTE if sources else "", describe_levels(summary)]
     add_note(ax, [*notes, left_out, *name_gaps(frame)])
     return ax
 
@@ -261,7 +262,7 @@ def error_by_norm(
     lines = [f"{label} ({LINE_NAMES[styles[label]['linestyle']]})" for label in familiar]
     grey = f"In grey: {' and '.join(lines)}." if lines else ""
     notes = [describe_lines(axes[0], summary), grey, describe_runs(kept, x), describe_test_error(kept)]
-    notes += [LEVEL_NOTE if summary["x"].isna().any() else "", left_out, *name_gaps(frame)]
+    notes += [describe_levels(summary), left_out, *name_gaps(frame)]
     add_figure_note(axes[0].figure, notes)
     return axes
 
@@ -381,6 +382,12 @@ def describe_lines(ax: Axes, summary: pd.DataFrame) -> str:
     dots = "; small dots beside a mean: its seeds" if summary["n"].max() > 1 else ""
     crosses = " Crosses: failed or diverged runs." if (summary["failed"] + summary["diverged"]).any() else ""
     return f"{describe_means(summary)}{dots}.{describe_cuts(ax, summary)}{crosses}"
+
+
+def describe_levels(summary: pd.DataFrame) -> str:
+    """What level lines and their bands are, where there are any."""
+    levels = summary[summary.groupby("label")["x"].transform("count") == 0]
+    return LEVEL_NOTE.format(BAND_NOTE if levels["low"].notna().any() else "") if len(levels) else ""
 
 
 def describe_seeds(frame: pd.DataFrame, means: str = "Means over seeds.") -> str:
