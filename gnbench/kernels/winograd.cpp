@@ -203,7 +203,7 @@ void transpose(Block<T>& block) {
     }
 }
 
-// change(o, i, at) for each WIDTH outputs from o and WIDTH inputs from i on of weights (outputs, 3, 3, inputs): at(r, n)
+// change(o, i, at) for each WIDTH outputs from o and inputs from i on of weights (outputs, 3, 3, inputs): at(r, n)
 // is where the WIDTH numbers of output o + r at the n-th of the 9 positions begin.
 template <typename T, typename Change>
 void for_blocks(int64_t inputs, int64_t outputs, T* weights, Change change) {
