@@ -184,21 +184,23 @@ struct Block {
     Vec<T> rows[WIDTH];
 };
 
-// b0[k], b1[k], b0[k + 1], b1[k + 1], ... from `first` on.
-template <typename T, int... I>
-Vec<T> interleave(Vec<T> b0, Vec<T> b1, int first, std::integer_sequence<int, I...>) {
-    return Vec<T>{(I % 2 ? b1 : b0)[first + I / 2]...};
+// b0[k], b1[k], b0[k + 1], b1[k + 1], ... from FIRST on.
+template <int FIRST, typename T, int... I>
+Vec<T> interleave(Vec<T> b0, Vec<T> b1, std::integer_sequence<int, I...>) {
+    return Vec<T>{(I % 2 ? b1[FIRST + I / 2] : b0[FIRST + I / 2])...};
 }
 
 // Each round interleaves the rows of the upper half with those of the lower: log2(WIDTH) of them make rows of columns.
 template <typename T>
 void transpose(Block<T>& block) {
     constexpr auto all = std::make_integer_sequence<int, WIDTH>();
+#pragma GCC unroll 4
     for (int64_t round = 1; round < WIDTH; round *= 2) {
         const Block<T> last = block;
+#pragma GCC unroll 8
         for (int64_t r = 0; r < WIDTH / 2; ++r) {
-            block.rows[2 * r] = interleave<T>(last.rows[r], last.rows[r + WIDTH / 2], 0, all);
-            block.rows[2 * r + 1] = interleave<T>(last.rows[r], last.rows[r + WIDTH / 2], WIDTH / 2, all);
+            block.rows[2 * r] = interleave<0, T>(last.rows[r], last.rows[r + WIDTH / 2], all);
+            block.rows[2 * r + 1] = interleave<WIDTH / 2, T>(last.rows[r], last.rows[r + WIDTH / 2], all);
         }
     }
 }
