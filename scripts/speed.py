@@ -303,7 +303,8 @@ def draw(rows: list[dict], limit: float, title: str, path: Path) -> None:
         text = f"{r['ratio']:.1f}× ({r['least']:.1f}–{r['most']:.1f})"
         place, look = (r["gnbench"], y + 0.27), {"fontsize": 7, "va": "center", "textcoords": "offset points"}
         axes.annotate(text, place, (3, 0), **look, bbox={"color": "white", "pad": 0.2})
-    axes.axvline(limit, color="black", linestyle="--", linewidth=1, zorder=0, label="float32 matrix products alone")
+    name = "convolutions as float32 matrix products"
+    axes.axvline(limit, color="black", linestyle="--", linewidth=1, zorder=0, label=name)
     axes.set_yticks(range(len(rows)), [r["cell"] for r in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, max(limit, *(r["gnbench"] for r in rows)) * 1.2))
     axes.set_xlabel("training, images per second (whole machine)")
@@ -345,7 +346,8 @@ def main() -> None:
     head = (
         f"{options.model}, training, images per second over the whole machine; medians of {options.rounds} "
         f"interleaved rounds of {options.seconds:g} s. {machine}. Matrix products reach {flops / 1e9:.0f} GFLOP/s in "
-        f"float32, so the arithmetic alone would allow {limit:.0f} images/s: the limit."
+        f"float32, which would allow {limit:.0f} images/s, the limit, by the multiplications of a convolution's "
+        "formula; Winograd's convolutions need fewer."
     )
     content = {"machine": machine, "model": options.model, "rounds": options.rounds, "seconds": options.seconds,
                "command": subprocess.list2cmdline(["scripts/speed", *sys.argv[1:]]), "results": results}  # fmt: skip
