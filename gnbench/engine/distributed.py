@@ -40,14 +40,11 @@ class Distributed(Eager):
 
     def __init__(self, training: Training, channels_last: bool = False) -> None:
         super().__init__(training, channels_last)
+        self.name = f"{count_workers()} workers" + ", channels_last" * channels_last
         training.share = slice(rank(), None, count_workers())
         with noticing_loss():
             self.network = DDP(_synchronize(training), **{BUFFERS_STAY: False})
         self.network.register_comm_hook(None, _sum_gradients)
-
-    @property
-    def name(self) -> str:
-        return f"{count_workers()} workers" + ", channels_last" * self.channels_last
 
     def set_train_mode(self, frozen: bool) -> None:
         """Training mode; with `frozen`, running statistics are used as they are."""
