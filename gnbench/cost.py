@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gnbench.configs import load_group
 from gnbench.data import Dataset
-from gnbench.engine import Eager, prefers_channels_last
+from gnbench.engine import Eager, Ways, prefers_channels_last
 from gnbench.engine.eager import forward
 from gnbench.errors import first_line
 from gnbench.timing import time_calls, wait_for_device
@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def format(self) -> str:
-        return "channels_last" if self.engine.channels_last else "contiguous"
+        return "channels_last" if self.engine.ways.channels_last else "contiguous"
 
     def step(self) -> None:
         """One update."""
@@ -114,7 +114,7 @@ def make_subject(make: MakeTraining, node: dict, config: dict, batch_size: int |
     training.recipe = dataclasses.replace(training.recipe, base_lr=RATE)
     asked = config["memory_format"]
     channels_last = prefers_channels_last(training) if asked == "auto" else asked == "channels_last"
-    engine = Eager(training, channels_last)
+    engine = Eager(training, Ways(channels_last))
     engine.set_train_mode(frozen=False)
     return Subject(engine, *take_batch(training.dataset, batch_size or config["batch_size"]))
 

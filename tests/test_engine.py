@@ -27,7 +27,7 @@ from gnbench import kernels
 from gnbench.checkpoint import load_checkpoints, save_checkpoint
 from gnbench.configs import choices
 from gnbench.data import prepare, train_batches
-from gnbench.engine import CudaGraph, Eager, Fused, make_engine, most_lanes
+from gnbench.engine import CudaGraph, Eager, Fused, Ways, make_engine, most_lanes
 from gnbench.engine.eager import take_kernels
 from gnbench.errors import UserError
 from gnbench.machine import set_arithmetic
@@ -92,7 +92,8 @@ def test_seeds_as_one_network_step_as_they_do_alone(norm, dtype):
     recipe = {"label_smoothing": 0.1, "nesterov": True, "norm_weight_decay": False, "weight_decay": 0.01}
     alone, together = trainings(dtype, norm, **GENTLE, **recipe), trainings(dtype, norm, **GENTLE, **recipe)
     one, two, three = together
-    losses = step(Fused([one, None, two, three], winograd=True), 20, dtype)  # with an empty lane among them
+    lanes = [one, None, two, three]  # with an empty one
+    losses = step(Fused(lanes, Ways(channels_last=True, winograd=True)), 20, dtype)
     for lane in (0, 2) if dtype == torch.float64 else (1,):
         start = {key: value.clone() for key, value in alone[lane].model.state_dict().items()}
         (expected,) = step(Eager(alone[lane]), 20, dtype)
@@ -105,7 +106,7 @@ def test_seeds_as_one_network_step_as_they_do_alone(norm, dtype):
 def test_another_memory_format_steps_alike(norm, dtype):
     alone, other = trainings(dtype, norm, **GENTLE)[0], trainings(dtype, norm, **GENTLE)[0]
     start = {key: value.clone() for key, value in alone.model.state_dict().items()}
-    assert step(Eager(other, channels_last=True), 20, dtype) == pytest.approx(
+    assert step(Eager(other, Ways(channels_last=True)), 20, dtype) == pytest.approx(
         step(Eager(alone), 20, dtype), rel=TOLERANCE[dtype]
     )
     assert_close(other, alone, start, TOLERANCE[dtype])
@@ -117,7 +118,7 @@ def test_a_state_saved_by_one_engine_goes_on_by_another(norm, before, after):
     """Momenta come with the memory format of the engine that made them, which the other may not have."""
     make = {
         "eager": lambda members: Eager(members[0]),
-        "channels_last": lambda members: Eager(members[0], channels_last=True),
+        "channels_last": lambda members: Eager(members[0], Ways(channels_last=True)),
         "together": Fused,
     }
     whole, first, rest = (trainings(torch.float64, norm, **GENTLE) for _ in range(3))
@@ -171,7 +172,7 @@ def test_on_a_gpu_a_graph_steps_as_the_reference_does(norm):
     reference, other = [[_on_gpu(training) for training in trainings(norm=norm, **GENTLE)] for _ in range(2)]
     start = {key: value.clone() for key, value in reference[0].model.state_dict().items()}
     (expected,) = step(Eager(reference[0]), 20)
-    losses = step(CudaGraph(Fused(other, channels_last=False)), 20)
+    losses = step(CudaGraph(Fused(other, Ways())), 20)
     assert losses[0] == pytest.approx(expected, rel=2e-2)
     assert_close(other[0], reference[0], start, 2e-2)
 
@@ -284,10 +285,10 @@ def test_kernels_step_alike(norm, together, dtype, monkeypatch):
     for module in [m for each in (*reference, *other) for m in each.model.modules() if hasattr(m, "norm_batch_size")]:
         module.norm_batch_size = 2 if norm == "bn2" else None
     start = {key: value.clone() for key, value in reference[0].model.state_dict().items()}
-    make = Fused if together else lambda members, **ways: Eager(members[0], **ways)
+    engine = Fused if together else lambda members, ways: Eager(members[0], ways)
     calls, call = Counter(), kernels.call
     monkeypatch.setattr(kernels, "call", lambda name, *arguments: calls.update([name]) or call(name, *arguments))
-    losses = step(make(other, channels_last=True, one_pass=True, winograd=True), 20, dtype)
+    losses = step(engine(other, Ways(channels_last=True, one_pass=True, winograd=True)), 20, dtype)
     apart = 3 if together and norm == "gn_ws" else 1  # by computed weights each seed has a convolution of its own
     norms, convs = 20 * 7, 20 * 4 * apart  # each of the model's norms, and the convolutions that keep size and width
     names = {"forward": norms, "backward": norms, "convolve": convs, "input_gradient": convs, "weight_gradient": convs}
@@ -301,7 +302,7 @@ def test_kernels_step_alike(norm, together, dtype, monkeypatch):
 def test_one_pass_leaves_room_for_those_who_listen():
     """A hook on a norm, or on the ReLU after it, is to see what it sees elsewhere."""
     model = gnbench.model("resnet8", norm="gn")
-    take_kernels(model, one_pass=True, winograd=False)
+    take_kernels(model, Ways(one_pass=True))
     x, heard = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), []
     model.to(memory_format=torch.channels_last)
     before = model(x)
@@ -313,7 +314,7 @@ def test_one_pass_leaves_room_for_those_who_listen():
     assert torch.allclose(model(x), before, atol=1e-5)
     assert [bool((output < 0).any()) for output in heard] == [True, False]
     other = gnbench.model("resnet8", norm="gn").to(memory_format=torch.channels_last)
-    take_kernels(other, one_pass=True, winograd=False)
+    take_kernels(other, Ways(one_pass=True))
     other.blocks[0].norm1.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
     other.blocks[1].norm2.register_full_backward_hook(lambda *_: heard.append(None))
     other(x).sum().backward()

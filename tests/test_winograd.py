@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
+import gnbench
 from gnbench import kernels
 from gnbench.kernels import winograd
 from gnbench.models.conv import Conv2d
@@ -57,10 +60,11 @@ def test_it_is_the_convolution(dtype, lanes, inputs, outputs, size):
         assert (ours.double() - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
 
 
-@pytest.mark.parametrize("channels", [16, 32, 64])
-def test_it_rounds_hardly_more_than_torchs_own(channels):
+@pytest.mark.parametrize(("channels", "size"), [(16, 32), (32, 16), (64, 8)])
+def test_it_rounds_hardly_more_than_torchs_own(channels, size):
     """The root mean square of float32's errors, of the output and of both gradients."""
-    x, upstream, conv = image(8, channels, 16, 16), torch.randn(8, channels, 16, 16), convolution(channels)
+    x, upstream = image(64, channels, size, size), torch.randn(64, channels, size, size)
+    conv = convolution(channels)
     errors = {}
     exact = nn.functional.conv2d
     for way, dtype in (("exact", torch.float64), ("torch", torch.float32), ("ours", torch.float32)):
@@ -69,7 +73,7 @@ def test_it_rounds_hardly_more_than_torchs_own(channels):
         y.backward(upstream.to(dtype))
         errors[way] = [number.double() for number in (y.detach(), own.grad, weight.grad)]
     for true, theirs, ours in zip(errors["exact"], errors["torch"], errors["ours"], strict=True):
-        assert (ours - true).square().mean().sqrt() < 4 * (theirs - true).square().mean().sqrt()
+        assert (ours - true).square().mean().sqrt() < 2 * (theirs - true).square().mean().sqrt()
 
 
 def test_it_is_for_the_convolutions_it_is_written_for():
@@ -104,6 +108,15 @@ def test_it_is_for_the_convolutions_it_is_written_for():
     for wrong in (image(4, 32, 6, 6), x.double()):
         with pytest.raises(RuntimeError):
             convolution(16)(wrong)
+    for shape in ((24, 16, 3, 3), (16, 16, 5, 5), (16, 16, 1, 1)):
+        other = convolution(16)
+        other.weight = nn.Parameter(torch.randn(shape))
+        assert not is_taken(other, x)
+    conv = convolution(16)
+    with torch.device("meta"):
+        assert is_taken(conv, x)
+    with FakeTensorMode():
+        assert convolution(16)(torch.randn(4, 16, 6, 6)).shape == x.shape
 
 
 @pytest.mark.parametrize("order", ["channels_last", "contiguous", "a part"])
@@ -132,6 +145,48 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(monkeypatch):
     with torch.no_grad():
         assert not conv(x).requires_grad
     assert called == ["convolve", "weight_gradient", "convolve", "input_gradient", "convolve"]
+
+
+@pytest.mark.parametrize("take", ["convolution", "norm"])
+def test_what_is_saved_for_backward_may_come_back_in_another_format(take):
+    layer = convolution(16) if take == "convolution" else gnbench.norm("gn")(16)
+    layer.one_pass = True
+    x, gradients = image(2, 16, 5, 5).requires_grad_(), []
+    for unpack in (lambda saved: saved, lambda saved: saved.contiguous()):
+        with saved_tensors_hooks(lambda saved: saved.detach(), unpack):
+            y = layer(x)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+    for ours, expected in zip(*gradients, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("changed", ["x", "weight"])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_change_between_forward_and_backward_is_noticed(changed, memory_format):
+    conv = convolution(16).to(memory_format=memory_format)
+    x = image(2, 16, 5, 5).contiguous(memory_format=memory_format)
+    y = conv(x.requires_grad_())
+    with torch.no_grad():
+        {"x": x, "weight": conv.weight}[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "cause"),
+    [
+        ("false", "false ended with status 1"),
+        ("no-compiler", "[Errno 2] No such file or directory: 'no-compiler'"),
+        ("'", "No closing quotation"),
+        ("c++ -include missing.h", "missing.h: No such file or directory"),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_said_in_a_line(compiler, cause, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", compiler)
+    assert kernels._library.__wrapped__() is None
+    assert caplog.messages[-1].startswith("trained by torch's own kernels, which are slower; gnbench's were not")
+    assert cause in caplog.messages[-1]
+    assert "\n" not in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gnbench import kernels
-from gnbench.engine.eager import Eager
+from gnbench.engine.eager import PLAIN, Eager, Ways
 from gnbench.engine.fused import Fused
 from gnbench.engine.graph import CudaGraph
 from gnbench.errors import UserError
@@ -28,6 +28,7 @@ __all__ = [
     "CudaGraph",
     "Eager",
     "Fused",
+    "Ways",
     "check_engine",
     "make_engine",
     "most_lanes",
@@ -57,22 +58,22 @@ def make_engine(lanes: Sequence[Training | None], engine: str) -> Engine:
     training = next(training for training in lanes if training is not None)
     recipe, device = training.recipe, training.dataset.mean.device
     check_engine(engine, device)
-    channels_last, one_pass, by_winograd = _find_ways(training) if engine == "auto" else (False, False, False)
+    ways = _find_ways(training) if engine == "auto" else PLAIN
     if count_workers() > 1:
         from gnbench.engine.distributed import Distributed  # torch.distributed is for those who need it
 
-        return Distributed(training, channels_last)
+        return Distributed(training, ways)
     if len(lanes) > 1:
         if recipe.clip_grad_norm is not None:
             raise UserError("clip_grad_norm is of each seed's own gradients: its seeds are not trained as one network")
-        made: Eager | Fused = Fused(lanes, channels_last, one_pass, by_winograd)
+        made: Eager | Fused = Fused(lanes, ways)
     else:
-        made = Eager(training, channels_last, one_pass, by_winograd)
+        made = Eager(training, ways)
     return CudaGraph(made) if engine == "cuda_graph" else made
 
 
-def _find_ways(training: Training) -> tuple[bool, bool, bool]:
-    """Whether a step is faster in channels_last, by norms in one pass, and by Winograd convolutions.
+def _find_ways(training: Training) -> Ways:
+    """What makes a step of a training faster.
 
     Norms in one pass gain where a model asks for the ReLU and the addition together with the norm: in the CIFAR
     ResNets. What is to be compiled has to gain more than the compiler takes.
@@ -81,15 +82,14 @@ def _find_ways(training: Training) -> tuple[bool, bool, bool]:
     long = training.total_steps * training.recipe.batch_size >= WORTH_COMPILING
     on_cpu = training.dataset.mean.device.type == "cpu" and torch.get_num_threads() == 1
     if not (long and on_cpu and count_workers() == 1):
-        return channels_last, False, False
+        return Ways(channels_last)
     modules = list(training.model.modules())
     norms = [module.norm1 for module in modules if isinstance(module, BasicBlock)]
     one_pass = any(type(norm) in (BatchNorm, GroupNorm) and len(norm.weight) % kernels.WIDTH == 0 for norm in norms)
     convs = any(isinstance(module, Conv2d) and winograd.suits(module) for module in modules)
-    by_winograd = convs and training.precision != "bf16" and (channels_last or one_pass)
-    if not ((one_pass or by_winograd) and kernels.are_available()):
-        return channels_last, False, False
-    return channels_last or one_pass, one_pass, by_winograd
+    ways = Ways(channels_last or one_pass, one_pass, convs and training.precision != "bf16")
+    is_gain = one_pass or (ways.winograd and channels_last)
+    return ways if is_gain and kernels.are_available() else Ways(channels_last)
 
 
 def prefers_channels_last(training: Training) -> bool:

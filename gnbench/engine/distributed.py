@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from gnbench.engine.eager import Eager, forward
+from gnbench.engine.eager import PLAIN, Eager, Ways, forward
 from gnbench.errors import UserError
 from gnbench.norms.batch import BatchNorm, NormBatches
 from gnbench.norms.precision import widen
@@ -33,14 +33,11 @@ class Distributed(Eager):
     Every worker has the whole training and updates it by the same gradient, that of the mean loss over the whole batch,
     to which each contributes its own images' part; after a step it has the statistics that one process would have kept.
     So each can be evaluated, saved and restored as if it were alone.
-
-    Args:
-        channels_last: as of Eager.
     """
 
-    def __init__(self, training: Training, channels_last: bool = False) -> None:
-        super().__init__(training, channels_last)
-        self.name = f"{count_workers()} workers" + ", channels_last" * channels_last
+    def __init__(self, training: Training, ways: Ways = PLAIN) -> None:
+        super().__init__(training, ways)
+        self.name = ", ".join([f"{count_workers()} workers", *ways.names])
         training.share = slice(rank(), None, count_workers())
         with noticing_loss():
             self.network = DDP(_synchronize(training), **{BUFFERS_STAY: False})

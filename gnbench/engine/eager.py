@@ -1,5 +1,7 @@
 """The reference: a training by itself, one kernel after the other."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,26 +43,40 @@ class StepEngine:
         raise NotImplementedError
 
 
-class Eager(StepEngine):
-    """One training, by torch's own kernels as they come.
+@dataclass(frozen=True)
+class Ways:
+    """What of a step is executed otherwise than by torch's own kernels on (N, C, H, W).
 
-    Args:
-        channels_last: keep weights and activations as (N, H, W, C) in memory, which most CPU kernels prefer; the
+    Attributes:
+        channels_last: weights and activations are kept as (N, H, W, C) in memory, which most CPU kernels prefer; the
             mathematics is the same, the rounding is not.
-        one_pass: let norms that have it compute themselves, and a ReLU after them, in one pass over a channels_last
-            map.
-        winograd: let convolutions that have it compute a channels_last map with fewer multiplications.
+        one_pass: norms that have it compute themselves, and a ReLU after them, in one pass over a channels_last map.
+        winograd: convolutions that have it compute a channels_last map with fewer multiplications.
     """
 
-    def __init__(
-        self, training: Training, channels_last: bool = False, one_pass: bool = False, winograd: bool = False
-    ) -> None:
-        self.members = [training]
-        self.name = ", ".join(name_ways(channels_last, one_pass, winograd)) or "eager"
-        self.channels_last = channels_last
-        if channels_last:
+    channels_last: bool = False
+    one_pass: bool = False
+    winograd: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """In the words of a record."""
+        used = {"channels_last": self.channels_last, ONE_PASS: self.one_pass, WINOGRAD: self.winograd}
+        return [name for name, is_used in used.items() if is_used]
+
+
+PLAIN, CHANNELS_LAST = Ways(), Ways(channels_last=True)
+
+
+class Eager(StepEngine):
+    """One training, one kernel after the other."""
+
+    def __init__(self, training: Training, ways: Ways = PLAIN) -> None:
+        self.members, self.ways = [training], ways
+        self.name = ", ".join(ways.names) or "eager"
+        if ways.channels_last:
             training.model.to(memory_format=torch.channels_last)
-        take_kernels(training.model, one_pass, winograd)
+        take_kernels(training.model, ways)
         self.optimizer = training.optimizer
         lay_out_momenta(self.optimizer)
 
@@ -71,7 +87,7 @@ class Eager(StepEngine):
     def update(self, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         training = self.members[0]
         recipe, ((images, labels),) = training.recipe, batches
-        if self.channels_last:  # for convolutions whose weights are computed, and have no format of their own
+        if self.ways.channels_last:  # for convolutions whose weights are computed, and have no format of their own
             images = images.contiguous(memory_format=torch.channels_last)
         logits = forward(training.model, images, training.precision)
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
@@ -83,17 +99,12 @@ class Eager(StepEngine):
         return loss.detach()[None], (logits.detach().argmax(1) != labels).sum()[None]
 
 
-def name_ways(channels_last: bool, one_pass: bool, winograd: bool) -> list[str]:
-    """How a step is executed, in the words of a record."""
-    return ["channels_last"] * channels_last + [ONE_PASS] * one_pass + [WINOGRAD] * winograd
-
-
-def take_kernels(network: nn.Module, one_pass: bool, winograd: bool) -> None:
+def take_kernels(network: nn.Module, ways: Ways) -> None:
     """Let the layers that have them use gnbench's own kernels (gnbench.kernels), or not."""
     for module in network.modules():
-        for name, wanted in (("one_pass", one_pass), ("winograd", winograd)):
-            if hasattr(module, name):
-                setattr(module, name, wanted)
+        for name in ("one_pass", "winograd"):
+            if isinstance(getattr(module, name, None), bool):
+                setattr(module, name, getattr(ways, name))
 
 
 def forward(model: nn.Module, images: Tensor, precision: str) -> Tensor:

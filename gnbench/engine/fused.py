@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnbench.engine.eager import StepEngine, forward, name_ways, take_kernels
+from gnbench.engine.eager import CHANNELS_LAST, PLAIN, StepEngine, Ways, forward, take_kernels
 from gnbench.models.conv import Conv2d
 from gnbench.models.resnet import PadShortcut
 from gnbench.norms.batch import BatchNorm, BatchRenorm
@@ -47,25 +47,18 @@ class Fused(StepEngine):
 
     Args:
         lanes: a training for each lane, or None; all of one recipe, data set and model.
-        channels_last, one_pass, winograd: as of Eager.
     """
 
-    def __init__(
-        self,
-        lanes: Sequence[Training | None],
-        channels_last: bool = True,
-        one_pass: bool = False,
-        winograd: bool = False,
-    ) -> None:
-        self.name = ", ".join([f"{len(lanes)} seeds {TOGETHER}", *name_ways(channels_last, one_pass, winograd)])
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    def __init__(self, lanes: Sequence[Training | None], ways: Ways = CHANNELS_LAST) -> None:
+        self.name = ", ".join([f"{len(lanes)} seeds {TOGETHER}", *ways.names])
+        self.memory_format = torch.channels_last if ways.channels_last else torch.contiguous_format
         self.lanes = list(lanes)
         self.members = [training for training in lanes if training is not None]
         links: Links = []
         self.network = _fuse([training and training.model for training in lanes], links, self.memory_format)
         for training in self.members:
-            take_kernels(training.model, one_pass=False, winograd=False)
-        take_kernels(self.network, one_pass, winograd)  # after that: it may hold layers of theirs
+            take_kernels(training.model, PLAIN)
+        take_kernels(self.network, ways)  # after that: it may hold layers of theirs
         self.optimizer = make_optimizer(self.network, self.members[0].recipe, self._find_spared(links))
         self._share_momenta(links)
 

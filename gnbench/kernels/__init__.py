@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gnbench.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +35,29 @@ def are_available() -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled sources, for this process: code for one machine's CPU is not to be found by another's."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:  # NFS keeps what is mapped
             library = Path(directory) / "kernels.so"
             # in a session of its own: a Ctrl-C is gnbench's to hear, and no failure of the compiler
             subprocess.run(
                 [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(library)],
                 check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, start_new_session=True,
+                env={**os.environ, "TMPDIR": directory},
             )  # fmt: skip
             return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
-        log.warning("trained by torch's own kernels, which are slower; gnbench's were not to be had: %s", said)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        cause = _find_cause(error)
+        log.warning("trained by torch's own kernels, which are slower; gnbench's were not to be had: %s", cause)
         return None
+
+
+def _find_cause(error: Exception) -> str:
+    """Why there is no library, in one line: the first of the compiler's that says error, if it has said anything."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return first_line(error)
+    lines = error.stderr.strip().splitlines() or [f"{error.cmd[0]} ended with status {error.returncode}"]
+    return next((line for line in lines if "error" in line), lines[0])
 
 
 def call(name: str, dtype: torch.dtype, shape: ctypes.Structure, *arguments: Tensor | float | bool | None) -> None:
@@ -68,11 +79,11 @@ def shape_of(*names: str) -> type[ctypes.Structure]:
     return type("Shape", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_int64) for name in names]})
 
 
-def is_map(x: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether x (N, C, H, W) is a map that kernels for these types are for, once it is channels_last: on a CPU, by one
-    thread."""
+def serve(x: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether kernels for these types can be used on x: a map (N, C, H, W) on a CPU, by one thread."""
     return (
-        x.device.type == "cpu"
+        type(x) in (Tensor, nn.Parameter)  # others may have no memory
+        and x.device.type == "cpu"
         and x.dtype in dtypes
         and x.ndim == 4
         and x.numel() > 0

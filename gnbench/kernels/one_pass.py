@@ -18,7 +18,7 @@ Shape = kernels.shape_of("sets", "images", "positions", "channels", "groups")
 def takes(x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None = None) -> bool:
     """Whether the kernel can be used on a map x (N, C, H, W): on a CPU, one thread, stored as (N, H, W, C)."""
     return (
-        kernels.is_map(x, WIDE)
+        kernels.serve(x, WIDE)
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.shape[1] % kernels.WIDTH == 0
         and all(_is_of_channels(parameter, x) for parameter in (weight, bias))
@@ -85,7 +85,9 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, mean, var = ctx.saved_tensors
         shape, eps, relu, has_shortcut = ctx.arguments
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        # whoever saves tensors for backward may bring them back in another format
+        dy, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (dy, x))
+        y = None if y is None else y.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
         dshortcut = torch.empty_like(x) if has_shortcut else None
         dweight, dbias = weight.new_zeros(2, len(weight)).unbind()

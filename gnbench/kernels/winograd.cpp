@@ -31,6 +31,7 @@ constexpr int ROWS = 8;
 #else
 constexpr int ROWS = 4;
 #endif
+static_assert(TILES % ROWS == 0 && WIDTH % ROWS == 0, "products have whole numbers of ROWS");
 
 template <typename T>
 Vec<T> load(const T* from) {
@@ -93,7 +94,7 @@ struct Matrices {
 template <typename T>
 void transform_input(const Shape& s, const Map<const T>& map, int64_t first, int64_t count, const Matrices<T>& to) {
     for_rows(s, first, count, [&](int64_t t, int64_t n, int64_t image, int64_t y, int64_t x) {
-        const T* const d = map.at(image, y - 1, x);
+        const T* const d = map.at(image, y - 1, x);  // of the first map's first row nothing is read there
         const bool above = y > 0, below = y + 1 < map.height, far_below = y + 2 < map.height;
         for (int64_t c = 0; c < map.channels; c += WIDTH) {
             // B' d of the column at `x + across`
@@ -107,9 +108,11 @@ void transform_input(const Shape& s, const Map<const T>& map, int64_t first, int
                 m[0] = d0 - d2, m[1] = d1 + d2, m[2] = d2 - d1, m[3] = d1 - d3;
             };
             Vec<T> m[4][4];  // by columns, of which neighbouring tiles share two
-            column(-1, m[0]), column(0, m[1]);
+            column(-1, m[0]);
+            column(0, m[1]);
             for (int64_t k = 0; k < n; ++k) {
-                column(2 * k + 1, m[2]), column(2 * k + 2, m[3]);
+                column(2 * k + 1, m[2]);
+                column(2 * k + 2, m[3]);
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
                     to.store(4 * i, t + k, c, m[0][i] - m[2][i]);
@@ -275,7 +278,7 @@ void multiply_part(int64_t rows, int64_t terms, int64_t columns, const T* left, 
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECS; ++v) sums[r][v] = ADDED ? load(to + r * columns + v * WIDTH) : Vec<T>{};
+        for (int v = 0; v < VECS; ++v) sums[r][v] = Vec<T>{};
     for (int64_t n = 0; n < terms; ++n) {
         Vec<T> factors[VECS];
 #pragma GCC unroll 2
@@ -290,7 +293,10 @@ void multiply_part(int64_t rows, int64_t terms, int64_t columns, const T* left, 
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECS; ++v) Plain<T>::store(to + r * columns + v * WIDTH, sums[r][v]);
+        for (int v = 0; v < VECS; ++v) {
+            T* const at = to + r * columns + v * WIDTH;
+            Plain<T>::store(at, ADDED ? load(at) + sums[r][v] : sums[r][v]);  // last: it rounds less than on the way
+        }
 }
 
 template <bool ADDED, typename T>
@@ -305,7 +311,7 @@ void multiply(int64_t rows, int64_t terms, int64_t columns, const T* left, const
     take(multiply_part<1, ADDED, T>, WIDTH);
 }
 
-// y of x, or with TURNED the gradient of x of that of y: the first has `inputs` channels, the second `outputs`.
+// From x (with `inputs` channels) y (with `outputs`), or with TURNED from the gradient of y that of x.
 template <bool TURNED, typename T>
 void convolve(const Shape& s, const T* from, const T* weights, T* to) {
     const int64_t terms = TURNED ? s.outputs : s.inputs, columns = TURNED ? s.inputs : s.outputs;
