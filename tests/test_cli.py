@@ -123,6 +123,7 @@ def test_a_grid_runs_each_cell_once_and_then_nothing(gnbench, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/record.json")} == before
 
 
+@pytest.mark.slow
 def test_a_line_names_a_run_by_what_its_sweep_varies_also_when_it_is_the_last_that_is_left(gnbench, tmp_path):
     grid = ("-m", *TINY, "norm=bn", "norm_batch_size=2,4", "max_steps=2")
     _, _, *lines = gnbench(*grid).stdout.splitlines()
@@ -150,6 +151,7 @@ def test_launchers_and_a_single_run_give_the_same_records(gnbench, tmp_path):
     assert numbers("cores") == numbers("basic") == numbers("single")
 
 
+@pytest.mark.slow
 def test_a_failed_run_fails_the_command_and_not_the_others(gnbench, tmp_path):
     words = ("-m", *TINY, "norm=gn", "seed=0,1", "data._target_=tiny_data.load_tiny")
     bad = tmp_path / "out"

@@ -431,6 +431,7 @@ def test_numbers_that_are_all_null_are_drawn_as_nothing(tmp_path):
         axes[0, 0].figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_as_commands_seeds_as_one_network_are_measured(gnbench, tmp_path):
     """The seeds of a cell go as one network; a norm without parameters has its places beside one that has some."""
     words = "-m norm=bn,none batch_size=2 seed=0,1 max_steps=3 diagnostics=16 frozen_epochs=1 results=out"

@@ -124,6 +124,7 @@ def test_one_process_and_two_workers_go_on_from_each_others_checkpoints(tmp_path
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_a_worker_that_is_stopped_stops_all_and_one_that_dies_ends_the_run(tmp_path):
     words = ("epochs=1000", "checkpoint_s=0.2")

@@ -328,6 +328,7 @@ def test_a_time_to_stand_still_is_longer_than_that_between_checkpoints(gnbench):
     assert refused.stderr == "gnbench: hydra.launcher.stall_s=9 is not legal: it is above checkpoint_s=9\n"
 
 
+@pytest.mark.slow
 def test_a_successor_waits_for_the_orphans_of_a_killed_sweep(gnbench, tmp_path):
     words = ("-m", *TINY, "norm=bn", "epochs=12", "seed=0,1", "checkpoint_s=0.2")
     process = start(tmp_path, *words)
@@ -416,6 +417,7 @@ def test_deterministic_algorithms_are_asked_for_and_belong_to_the_identity(tmp_p
     assert outcome(on)[0]["result"] == outcome(off)[0]["result"]
 
 
+@pytest.mark.slow
 def test_a_run_beside_others_gives_the_record_of_a_run_alone(gnbench, tmp_path):
     words = ("-m", *TINY[:-1], "norm=bn", "hydra.launcher.num_processes=3")
     assert gnbench(*words, "seed=0,1,2", "results=beside").returncode == 0

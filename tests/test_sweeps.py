@@ -25,6 +25,7 @@ SMALLER = {  # what is typed to make each sweep toy-sized, how many runs it then
     "zoo": ("norm=mabn,frn batch_size=8 norm_batch_size=8,2 seed=0 max_steps=1", 3, "error_vs_norm_batch_size.png"),
     "quick": ("norm=bn,gn batch_size=8,2 seed=0 max_steps=2", 4, "error_vs_batch_size.png"),
 }
+TWINS = {"paper", "norms", "channels_per_group", "batch_renorm", "quick", "zoo", "diagnostics"}  # of others here
 
 
 def test_every_sweep_is_tried_here():
@@ -37,7 +38,9 @@ def test_the_zoo_leaves_no_norm_out():
     assert {*listed, "custom", "syncbn"} == set(choices("norm"))  # syncbn is bn where one process holds the batch
 
 
-@pytest.mark.parametrize("name", SMALLER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in SMALLER]
+)
 def test_a_sweep_trains_and_reports(gnbench, tmp_path, name):
     words, count, figure = SMALLER[name]
     done = gnbench(f"sweep={name}", *TINY, *words.split(), "hydra.launcher.num_processes=1")

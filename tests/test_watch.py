@@ -113,6 +113,7 @@ def is_left_clean(terminal):
 # A sweep in a terminal
 
 
+@pytest.mark.slow
 def test_the_table_goes_and_the_lines_stay_with_what_a_killed_process_said(tmp_path):
     (tmp_path / "fuse").write_text("")
     terminal = sweep(tmp_path, *TINY, "norm=killer", "norm.fuse=fuse", "seed=0,1")
