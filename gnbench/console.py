@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 INTERRUPTED = 128 + signal.SIGINT
 UNHEARD = 141  # 128 + SIGPIPE, where there is such a signal
@@ -29,7 +30,11 @@ def as_command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequenc
     return command
 
 
-def fall_silent() -> int:
-    """Let what is still to be printed go nowhere, and return the exit code of a command that nobody hears."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def fall_silent(stream: TextIO | None = None) -> int:
+    """Let what is still to be printed go nowhere, and return the exit code of a command that nobody hears.
+
+    Args:
+        stream: standard output if None.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
     return UNHEARD

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from gnbench.console import fall_silent
 from gnbench.record import PROGRESS
 from gnbench.words import duration
 
@@ -84,8 +85,10 @@ class Lines:
             told = f"epoch {history[-1]['epoch']} of {-(-self.num_steps // self.steps_per_epoch)}, "
             told += describe_errors(history[-1])
         left = duration((self.num_steps - step) * step_s)
-        with contextlib.suppress(OSError):
+        try:
             print(f"{self.name}: {told}, about {left} left", file=sys.stderr, flush=True)
+        except OSError:
+            fall_silent(sys.stderr)  # or Python would try again at its end, and fail by it
 
 
 def describe_errors(row: dict) -> str:
