@@ -31,6 +31,7 @@ from gnbench.engine import CudaGraph, Eager, Fused, Ways, make_engine, most_lane
 from gnbench.engine.eager import take_kernels
 from gnbench.errors import UserError
 from gnbench.machine import set_arithmetic
+from gnbench.norms.batch import NormBatches
 from gnbench.plan import Run, plan_run
 from gnbench.record import RECORD, load_record
 from gnbench.run import execute, execute_group
@@ -163,6 +164,18 @@ def test_a_recorded_step_is_the_step(norm, together):
             engine.members.pop(1)
         assert torch.equal(plain.step(batches[::2])[0], graph.step(batches[::2])[0])
         assert len(recorded) == 3
+
+
+def test_a_layer_whose_buffer_becomes_another_tensor_is_not_recorded(monkeypatch):
+    """A graph would go on with the statistics of its first step, and nothing would tell."""
+
+    def follow(self, running, newest):
+        self.running_square = running.lerp(newest.detach().mean(0), self.momentum)
+
+    monkeypatch.setattr(NormBatches, "_follow", follow)
+    training = trainings(norm="mabn")[0]
+    with pytest.raises(UserError, match=r"cuda_graph is not legal with a layer .* as \S+\.running_square does"):
+        step(CudaGraph(Eager(training), record=lambda update: update() or update), 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

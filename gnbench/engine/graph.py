@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gnbench.engine.eager import Eager
 from gnbench.engine.fused import Fused
+from gnbench.errors import UserError
 from gnbench.train import MOMENTUM, Training
 
 WARM_UP_STEPS = 3  # before a capture, so that libraries have chosen their kernels and taken their memory
@@ -18,11 +19,15 @@ class CudaGraph:
     """Another engine's step, recorded once for each shape, mode and set of members, and replayed.
 
     Images, labels and the learning rate are copied into the tensors that the graph reads. A recording trains for some
-    steps, which are then undone. A batch of another shape, as an epoch's last, is a recording of its own.
+    steps, which are then undone. A batch of another shape, as an epoch's last, is a recording of its own. What a layer
+    does in Python alone, as counting its steps, is not repeated.
 
     Args:
         engine: what is recorded.
         record: makes a function that repeats what another one did on the device.
+
+    Raises:
+        UserError: by `step`: a layer puts another tensor in the place of a buffer, which a graph would not follow.
     """
 
     def __init__(self, engine: Eager | Fused, record: Callable[[Callable[[], None]], Replay] | None = None) -> None:
@@ -70,10 +75,21 @@ class CudaGraph:
             outputs[:] = self.engine.update(inputs)
 
         state = [(tensor, tensor.clone()) for tensor in self._state()]
+        buffers = self._buffers()
         replay = self.record(update)
+        for name, buffer in self._buffers().items():
+            if buffer is not buffers.get(name):
+                raise UserError(
+                    f"engine=cuda_graph is not legal with a layer that puts another tensor in the place of its buffer, "
+                    f"as {name[1]} does, instead of changing it in place: it is auto or eager"
+                )
         for tensor, before in state:
             tensor.copy_(before)
         return replay, inputs, outputs
+
+    def _buffers(self) -> dict[tuple[int, str], Tensor]:
+        """The members' buffers, by seed and name."""
+        return {(t.seed, name): buffer for t in self.members for name, buffer in t.model.named_buffers()}
 
     def _state(self) -> Iterator[Tensor]:
         """All that an update changes."""
