@@ -10,6 +10,9 @@ Three ways to train the same ResNet on the same random images are timed in turn,
 A round times each of them for `--seconds`, in an order of its own; ratios are of the same round. Small batches are of
 up to 8 seeds of a cell; a sweep of fewer seeds gains less. A network without any norm is measured too: what the
 convolutions alone leave to win. The common loop is in float32, beside cells in bf16 too.
+
+With --side-by-side it measures instead how the rate and the memory of gnbench's way grow with the number of runs at a
+time: seeds of a cell as one network, and processes.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +73,8 @@ BATCHES = (2, 8, 32, 128)
 CELLS = [Cell(norm, batch) for batch in BATCHES for norm in ("bn", "gn", "ln", "in", "none")]
 CELLS += [Cell("bn", 128, size) for size in (2, 8, 32)]
 CELLS += [Cell(norm, batch, precision="bf16") for batch in BATCHES for norm in ("bn", "gn", "ln", "in")]
+SIDE_BY_SIDE = ["bn 2", "bn 8", "bn 32"]
+LANES = (1, 2, 4, 8)  # seeds as one network, side by side
 
 
 class RandomImages(torch.utils.data.Dataset):
@@ -215,31 +221,39 @@ class Workers:
             process.kill()
 
 
-def measure(cell: Cell, options: argparse.Namespace) -> dict:
-    """The rates of all ways in interleaved rounds, beside the machine's matrix products in the same rounds."""
-    on_gpu = options.device != "cpu"
-    config = {"norm": {"_target_": "gnbench."}, "model": {"_target_": "gnbench."}, "engine": "auto"}
-    lanes = min(SEEDS, most_lanes({**config, "batch_size": cell.batch_size, "clip_grad_norm": None}, on_gpu))
-    name, device = options.model, options.device
-    side_by_side = min(num_cores(), MOST_ON_A_GPU) if on_gpu else num_cores()
-    makers = {
-        "common": (1, partial(common_loop, cell, name, device)),
-        "eager": (1, partial(gnbench_loop, cell, name, device, "eager", 1, num_cores())),
-        "gnbench": (side_by_side, partial(gnbench_loop, cell, name, device, "auto", lanes, 1)),
-        "matrix": (1 if on_gpu else num_cores(), partial(matrix_products, device)),
-    }
-    workers: dict[str, Workers] = {}
-    rates: dict[str, list[float]] = {way: [] for way in makers}
+Makers = dict[object, tuple[int, Callable]]  # of each way: how many processes, and the loop of one
+
+
+def measure_rounds(makers: Makers, options: argparse.Namespace) -> tuple[dict[object, list[float]], dict]:
+    """The rates of all ways in interleaved rounds, and the processes that had them, ended."""
+    workers: dict[object, Workers] = {}
+    rates: dict[object, list[float]] = {way: [] for way in makers}
     shuffle = random.Random(0).sample
     try:
         for way, (number, make) in makers.items():
-            workers[way] = Workers(number, make, device)
+            workers[way] = Workers(number, make, options.device)
         for _ in range(options.rounds):
             for way in shuffle(list(makers), len(makers)):  # whoever comes after the loader's workers has them to bear
                 rates[way].append(workers[way].measure(options.seconds))
     finally:
         for each in workers.values():
             each.stop()
+    return rates, workers
+
+
+def measure(cell: Cell, options: argparse.Namespace) -> dict:
+    """The rates of all ways, beside the machine's matrix products in the same rounds."""
+    on_gpu = options.device != "cpu"
+    config = {"norm": {"_target_": "gnbench."}, "model": {"_target_": "gnbench."}, "engine": options.engine}
+    lanes = min(SEEDS, most_lanes({**config, "batch_size": cell.batch_size, "clip_grad_norm": None}, on_gpu))
+    name, device = options.model, options.device
+    makers: Makers = {
+        "common": (1, partial(common_loop, cell, name, device)),
+        "eager": (1, partial(gnbench_loop, cell, name, device, "eager", 1, num_cores())),
+        "gnbench": (count_processes(on_gpu), partial(gnbench_loop, cell, name, device, options.engine, lanes, 1)),
+        "matrix": (1 if on_gpu else num_cores(), partial(matrix_products, device)),
+    }
+    rates, workers = measure_rounds(makers, options)
     return {
         "cell": cell.name,
         "seeds_as_one_network": lanes,
@@ -248,6 +262,29 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
         "first_step_s": {way: workers[way].first_step_s for way in WAYS},
         "peak_memory_mb": {way: workers[way].peak_mb for way in WAYS},
     }
+
+
+def count_processes(on_gpu: bool) -> int:
+    """As many as a sweep has at a time."""
+    return min(num_cores(), MOST_ON_A_GPU) if on_gpu else num_cores()
+
+
+def measure_side_by_side(cell: Cell, options: argparse.Namespace) -> list[dict]:
+    """The rate and the memory of gnbench's way, by processes and by seeds that each trains as one network."""
+    ways = [(number, lanes) for number in sorted({1, count_processes(options.device != "cpu")}) for lanes in LANES]
+    loops = {lanes: partial(gnbench_loop, cell, options.model, options.device, options.engine, lanes, 1)
+             for lanes in LANES}  # fmt: skip
+    rates, workers = measure_rounds({way: (way[0], loops[way[1]]) for way in ways}, options)
+    return [
+        {
+            "cell": cell.name,
+            "processes": way[0],
+            "seeds_as_one_network": way[1],
+            "images_per_s": rates[way],
+            "peak_memory_mb": workers[way].peak_mb,
+        }
+        for way in ways
+    ]
 
 
 def summarize(result: dict, model: str) -> dict:
@@ -315,6 +352,60 @@ def draw(rows: list[dict], limit: float, title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def write_side_by_side_table(results: list[dict], head: str, path: Path) -> None:
+    lines = [
+        head, "",
+        "| norm, batch size | processes | seeds as one network | runs at a time | images/s (range) "
+        "| time of a run, of one alone | memory MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in results:
+        rates, runs = r["images_per_s"], r["processes"] * r["seeds_as_one_network"]
+        (alone,) = [
+            statistics.median(each["images_per_s"]) for each in results
+            if each["cell"] == r["cell"] and each["processes"] == each["seeds_as_one_network"] == 1
+        ]  # fmt: skip
+        lines.append(
+            f"| {r['cell']} | {r['processes']} | {r['seeds_as_one_network']} | {runs} "
+            f"| {statistics.median(rates):.0f} ({min(rates):.0f}–{max(rates):.0f}) "
+            f"| {runs * alone / statistics.median(rates):.1f}× | {r['peak_memory_mb']:.0f} |"
+        )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def draw_side_by_side(results: list[dict], title: str, path: Path) -> None:
+    """A column a cell: above the rate over the whole machine, below the memory of all processes."""
+    cells = list(dict.fromkeys(r["cell"] for r in results))
+    size = (1 + 2.4 * len(cells), 4.6)
+    figure, axes = plt.subplots(2, len(cells), figsize=size, sharex=True, sharey="row", squeeze=False,
+                                layout="constrained")  # fmt: skip
+    looks = {1: {"color": "#7aa6c2", "linestyle": "--", "marker": "o"}}
+    for cell, (above, below) in zip(cells, axes.T, strict=True):
+        own = [r for r in results if r["cell"] == cell]
+        for number in sorted({r["processes"] for r in own}):
+            rows = [r for r in own if r["processes"] == number]
+            look = looks.get(number, {"color": "#1b4f72", "marker": "s"})
+            lanes = [r["seeds_as_one_network"] for r in rows]
+            rates = [statistics.median(r["images_per_s"]) for r in rows]
+            spread = [[rate - min(r["images_per_s"]) for rate, r in zip(rates, rows, strict=True)],
+                      [max(r["images_per_s"]) - rate for rate, r in zip(rates, rows, strict=True)]]  # fmt: skip
+            label = "1 process" if number == 1 else f"{number} processes"
+            above.errorbar(lanes, rates, spread, capsize=2, label=label, **look)
+            below.plot(lanes, [r["peak_memory_mb"] for r in rows], **look)
+        above.set_title(cell, fontsize=9)
+        below.set_xscale("log", base=2)
+        below.set_xticks(LANES, LANES)
+        below.set_xlabel("seeds as one network")
+    for axis in axes.flat:
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("images per second\n(all processes)")
+    axes[1, 0].set_ylabel("peak memory, MiB\n(all processes)")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
 def describe_machine(device: str) -> str:
     name = torch.cuda.get_device_name() if device != "cpu" else name_processor()
     return f"{num_cores()} cores of {name}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
@@ -327,11 +418,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each way in each round")
     parser.add_argument("--model", choices=STEP_FLOP, default="resnet20")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--engine", choices=("auto", "cuda_graph"), default="auto", help="of gnbench's own way")
+    parser.add_argument("--side-by-side", action="store_true", help="rate and memory against runs at a time, instead")
     parser.add_argument("--cells", nargs="+", metavar="CELL", choices=[cell.name for cell in CELLS],
-                        default=[cell.name for cell in CELLS], help="such as 'bn 2' or 'bn 128 NBS 8'")  # fmt: skip
+                        help="such as 'bn 2' or 'bn 128 NBS 8'")  # fmt: skip
     options = parser.parse_args()
+    names = options.cells or (SIDE_BY_SIDE if options.side_by_side else [cell.name for cell in CELLS])
+    cells = [cell for cell in CELLS if cell.name in names]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (compare_side_by_side if options.side_by_side else compare)(cells, options)
+    print(f"written to {options.out}")
+
+
+def compare(cells: list[Cell], options: argparse.Namespace) -> None:
+    """gnbench's way beside the common loop."""
     results = []
-    for cell in [cell for cell in CELLS if cell.name in options.cells]:
+    for cell in cells:
         results.append(measure(cell, options))
         row = summarize(results[-1], options.model)
         print(
@@ -339,22 +441,44 @@ def main() -> None:
             f"images/s, {row['ratio']:.2f}x ({row['least']:.2f} to {row['most']:.2f})",
             flush=True,
         )
-    options.out.mkdir(parents=True, exist_ok=True)
     rows = [summarize(result, options.model) for result in results]
     flops = statistics.median(rate for result in results for rate in result["matrix_flop_per_s"])
     machine, limit = describe_machine(options.device), flops / STEP_FLOP[options.model]
     head = (
-        f"{options.model}, training, images per second over the whole machine; medians of {options.rounds} "
-        f"interleaved rounds of {options.seconds:g} s. {machine}. Matrix products reach {flops / 1e9:.0f} GFLOP/s in "
-        f"float32, which would allow {limit:.0f} images/s, the limit, by the multiplications of a convolution's "
-        "formula; Winograd's convolutions need fewer."
+        f"{describe_rounds(options)} {machine}. Matrix products reach {flops / 1e9:.0f} GFLOP/s in float32, which "
+        f"would allow {limit:.0f} images/s, the limit, by the multiplications of a convolution's formula; Winograd's "
+        "convolutions need fewer."
     )
-    content = {"machine": machine, "model": options.model, "rounds": options.rounds, "seconds": options.seconds,
-               "command": subprocess.list2cmdline(["scripts/speed", *sys.argv[1:]]), "results": results}  # fmt: skip
-    (options.out / "speed.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(results, options, options.out / "speed.json")
     write_table(rows, head, options.out / "speed.md")
     draw(rows, limit, f"{options.model}, {machine}", options.out / "speed.png")
-    print(f"written to {options.out}")
+
+
+def compare_side_by_side(cells: list[Cell], options: argparse.Namespace) -> None:
+    """gnbench's way with ever more runs at a time."""
+    results = []
+    for cell in cells:
+        results += measure_side_by_side(cell, options)
+        print(f"{cell.name}: measured", flush=True)
+    machine = describe_machine(options.device)
+    write_json(results, options, options.out / "side_by_side.json")
+    write_side_by_side_table(results, f"{describe_rounds(options)} {machine}.", options.out / "side_by_side.md")
+    draw_side_by_side(results, f"{options.model}, {machine}", options.out / "side_by_side.png")
+
+
+def describe_rounds(options: argparse.Namespace) -> str:
+    return (
+        f"{options.model}, training, images per second over the whole machine; medians of {options.rounds} interleaved "
+        f"rounds of {options.seconds:g} s."
+    )
+
+
+def write_json(results: list[dict], options: argparse.Namespace, path: Path) -> None:
+    """Every rate, and how it was measured."""
+    command = subprocess.list2cmdline(["scripts/speed", *sys.argv[1:]])
+    content = {"machine": describe_machine(options.device), "model": options.model, "rounds": options.rounds,
+               "seconds": options.seconds, "command": command, "results": results}  # fmt: skip
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -467,8 +467,10 @@ def test_the_seeds_of_a_cell_go_to_the_fewest_processes_as_evenly_as_can_be(seed
 
 
 def test_which_engine_auto_takes():
-    config = tiny_config("norm=bn", "batch_size=8")
+    config = tiny_config("norm=bn", "batch_size=4")
     assert most_lanes(config, on_gpu=False) == 8
+    assert most_lanes({**config, "batch_size": 8}, on_gpu=False) == 4
+    assert most_lanes({**config, "batch_size": 128}, on_gpu=True) == 8
     assert most_lanes({**config, "batch_size": 32}, on_gpu=False) == 1
     assert most_lanes({**config, "batch_size": 32}, on_gpu=False, asked=4) == 4
     assert most_lanes({**config, "engine": "eager"}, on_gpu=False, asked=4) == 1

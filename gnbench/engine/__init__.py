@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 MOST_LANES = 8  # seeds as one network: with so many, even batches of 2 fill the kernels
-MOST_FUSED_BATCH = 8  # larger batches fill a CPU's kernels by themselves
-MOST_FUSED_BATCH_ON_GPU = 128
+MOST_FUSED_BATCH, MOST_FUSED_BATCH_ON_GPU = 8, 128  # larger ones fill the kernels by themselves
+MOST_IMAGES = 32  # in a step of all seeds on a CPU: the maps of more outgrow its caches
 WORTH_COMPILING = 50_000  # images in a training; some seconds of compiling against a fifth of the training
 
 
@@ -131,8 +131,10 @@ def most_lanes(config: dict, on_gpu: bool, asked: int | None = None) -> int:
     alone = config["engine"] == "eager" or config.get("measure") is not None or config["clip_grad_norm"] is not None
     if alone or not ours:
         return 1
-    small = config["batch_size"] <= (MOST_FUSED_BATCH_ON_GPU if on_gpu else MOST_FUSED_BATCH)
-    return asked or (MOST_LANES if small else 1)
+    batch_size = config["batch_size"]
+    if asked or batch_size > (MOST_FUSED_BATCH_ON_GPU if on_gpu else MOST_FUSED_BATCH):
+        return asked or 1
+    return MOST_LANES if on_gpu else min(MOST_LANES, MOST_IMAGES // batch_size)
 
 
 def _targets(node: dict) -> list[str]:
