@@ -4,6 +4,7 @@ torch is imported where it is needed: how many cores there are is asked without 
 """
 
 import ctypes
+import importlib.metadata
 import os
 import platform
 import sys
@@ -101,13 +102,11 @@ def describe_environment(config: dict, device: "torch.device") -> dict:
     """
     import torch
 
-    from gnbench.torchvision_compat import import_torchvision
-
     return {
         "gnbench": gnbench.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": import_torchvision().__version__,
+        "torchvision": importlib.metadata.version("torchvision"),  # most runs need no more of it
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": name_processor(),
         "cores": num_cores(),

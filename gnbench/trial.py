@@ -293,14 +293,14 @@ def check_images(node: dict, height: int, width: int) -> None:
     """
     if not node["_target_"].startswith("gnbench."):
         return
-    with torch.device("meta"):
-        model = partial(node)(lambda num_channels: nn.Identity(), 10)
-        try:
-            model(torch.empty(2, 3, height, width))
-        except RuntimeError as error:
-            raise UserError(
-                f"model={node['name']} does not take images of {height} x {width}: {first_line(error)}"
-            ) from error
+    model = partial(node)(lambda num_channels: nn.Identity(), 10)
+    try:
+        with torch.no_grad():  # not on the meta device, where a pass would import torch's compiler, for a second
+            model(torch.zeros(1, 3, height, width))
+    except RuntimeError as error:
+        raise UserError(
+            f"model={node['name']} does not take images of {height} x {width}: {first_line(error)}"
+        ) from error
 
 
 def channel_counts(node: dict) -> list[int]:
@@ -346,6 +346,6 @@ class _Gauge(nn.Module):
 def _sizes(node: dict) -> dict[int, tuple[int, int]]:
     """Height and width at a model's first norm of each channel count, for images of MODEL_SIDE; {} if it takes none."""
     sizes = {}
-    with torch.device("meta"), contextlib.suppress(Exception):  # a stranger's model may want other images
-        partial(node)(lambda num_channels: _Gauge(sizes), 10)(torch.empty(2, 3, MODEL_SIDE, MODEL_SIDE))
+    with torch.no_grad(), contextlib.suppress(Exception):  # a stranger's model may want other images
+        partial(node)(lambda num_channels: _Gauge(sizes), 10)(torch.zeros(2, 3, MODEL_SIDE, MODEL_SIDE))
     return sizes

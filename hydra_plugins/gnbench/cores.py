@@ -193,7 +193,8 @@ class Cores(Launcher):
         if "forkserver" not in multiprocessing.get_all_start_methods():
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["gnbench.cli", "gnbench.run"])  # torch is imported once, not once a run
+        # imported once, not once a run; the third is what torch.optim imports when it makes an optimizer
+        context.set_forkserver_preload(["gnbench.cli", "gnbench.run", "torch._dynamo"])
         os.environ.setdefault("PYTHONSAFEPATH", "1")  # a random.py in the working directory is not Python's own
         return context
 
