@@ -106,13 +106,21 @@ def describe_environment(config: dict, device: "torch.device") -> dict:
         "gnbench": gnbench.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": importlib.metadata.version("torchvision"),  # most runs need no more of it
+        "torchvision": _find_version("torchvision"),  # most runs need no more of it
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": name_processor(),
         "cores": num_cores(),
         "num_threads": config["num_threads"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+
+
+def _find_version(package: str) -> str | None:
+    """A package's version, without an import of it; None where it was not installed as one."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def name_processor() -> str:

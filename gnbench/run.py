@@ -65,7 +65,7 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
             check_place(place)
     if any(run.config["tensorboard"] for run in runs):
         check_tensorboard()
-    checked = set()
+    checked, passed = set(), set()
     for run in runs:
         key = repr([run.config[name] for name in ("norm", "model", "data", "device", "precision", "engine")])
         if key not in checked:
@@ -78,8 +78,10 @@ def check_runs(runs: list[Run], here: bool = True) -> None:
             with exits_are_errors(f"a layer of model={run.config['model']['name']} with {name}"):
                 shape = check_norm(run.config["model"], partial(run.config["norm"]), label)
                 check_batches(run.config["norm"], shape, name)
-            images = unverified_images(json.dumps(run.config["data"])).train_images
-            check_images(run.config["model"], *images.shape[1:3])
+            size = unverified_images(json.dumps(run.config["data"])).train_images.shape[1:3]
+            if (key := repr([run.config["model"], size])) not in passed:
+                passed.add(key)
+                check_images(run.config["model"], *size)
 
 
 def execute(run: Run, progress: bool = False) -> dict:

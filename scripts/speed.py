@@ -16,6 +16,7 @@ time: seeds of a cell as one network, and processes.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import random
@@ -35,13 +36,14 @@ from PIL import Image
 
 import gnbench
 from gnbench.data import Dataset, Split, images_ahead, train_batches
-from gnbench.engine import make_engine, most_lanes
+from gnbench.engine import check_engine, make_engine, most_lanes
+from gnbench.errors import UserError
 from gnbench.machine import name_processor, num_cores, peak_memory_mb, set_arithmetic
 from gnbench.recipe import Recipe
 from gnbench.timing import wait_for_device
 from gnbench.torchvision_compat import import_torchvision
 from gnbench.train import Training
-from hydra_plugins.gnbench.cores import MOST_ON_A_GPU
+from hydra_plugins.gnbench.cores import count_processes
 
 WAYS = ("common", "eager", "gnbench")
 NUM_IMAGES = 50_000
@@ -75,6 +77,7 @@ CELLS += [Cell("bn", 128, size) for size in (2, 8, 32)]
 CELLS += [Cell(norm, batch, precision="bf16") for batch in BATCHES for norm in ("bn", "gn", "ln", "in")]
 SIDE_BY_SIDE = ["bn 2", "bn 8", "bn 32"]
 LANES = (1, 2, 4, 8)  # seeds as one network, side by side
+MEMORY = ("pages that processes share, as libraries', counted in each", "tensors, without each process's context")
 
 
 class RandomImages(torch.utils.data.Dataset):
@@ -196,15 +199,17 @@ class Workers:
 
     def __init__(self, number: int, make, device: str) -> None:
         context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-        self.pipes, self.processes = [], []
+        self.pipes, self.processes, self.peak_mb = [], [], 0.0
         for _ in range(number):
             ours, theirs = context.Pipe()
             self.processes.append(context.Process(target=serve, args=(theirs, make, device)))
             self.processes[-1].start()
             theirs.close()  # so that a process that dies is heard of
             self.pipes.append(ours)
+
+    def wait(self) -> None:
+        """Until each has done its first step."""
         self.first_step_s = max(pipe.recv() for pipe in self.pipes)
-        self.peak_mb = 0.0
 
     def measure(self, seconds: float) -> float:
         for pipe in self.pipes:
@@ -215,7 +220,8 @@ class Workers:
 
     def stop(self) -> None:
         for pipe in self.pipes:
-            pipe.send(None)
+            with contextlib.suppress(BrokenPipeError):  # of one that died
+                pipe.send(None)
         for process in self.processes:
             process.join(5)
             process.kill()
@@ -232,6 +238,7 @@ def measure_rounds(makers: Makers, options: argparse.Namespace) -> tuple[dict[ob
     try:
         for way, (number, make) in makers.items():
             workers[way] = Workers(number, make, options.device)
+            workers[way].wait()
         for _ in range(options.rounds):
             for way in shuffle(list(makers), len(makers)):  # whoever comes after the loader's workers has them to bear
                 rates[way].append(workers[way].measure(options.seconds))
@@ -264,27 +271,30 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
     }
 
 
-def count_processes(on_gpu: bool) -> int:
-    """As many as a sweep has at a time."""
-    return min(num_cores(), MOST_ON_A_GPU) if on_gpu else num_cores()
-
-
 def measure_side_by_side(cell: Cell, options: argparse.Namespace) -> list[dict]:
-    """The rate and the memory of gnbench's way, by processes and by seeds that each trains as one network."""
-    ways = [(number, lanes) for number in sorted({1, count_processes(options.device != "cpu")}) for lanes in LANES]
-    loops = {lanes: partial(gnbench_loop, cell, options.model, options.device, options.engine, lanes, 1)
-             for lanes in LANES}  # fmt: skip
-    rates, workers = measure_rounds({way: (way[0], loops[way[1]]) for way in ways}, options)
-    return [
-        {
-            "cell": cell.name,
-            "processes": way[0],
-            "seeds_as_one_network": way[1],
-            "images_per_s": rates[way],
-            "peak_memory_mb": workers[way].peak_mb,
+    """The rate and the memory of gnbench's way, by processes and by seeds that each trains as one network.
+
+    Rounds are interleaved over the numbers of seeds, for one number of processes after the other: all of them at once
+    are more than a GPU holds.
+    """
+    rows = []
+    for number in sorted({1, count_processes(options.device != "cpu")}):
+        makers: Makers = {
+            lanes: (number, partial(gnbench_loop, cell, options.model, options.device, options.engine, lanes, 1))
+            for lanes in LANES
         }
-        for way in ways
-    ]
+        rates, workers = measure_rounds(makers, options)
+        rows += [
+            {
+                "cell": cell.name,
+                "processes": number,
+                "seeds_as_one_network": lanes,
+                "images_per_s": rates[lanes],
+                "peak_memory_mb": workers[lanes].peak_mb,
+            }
+            for lanes in LANES
+        ]
+    return rows
 
 
 def summarize(result: dict, model: str) -> dict:
@@ -423,6 +433,10 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", metavar="CELL", choices=[cell.name for cell in CELLS],
                         help="such as 'bn 2' or 'bn 128 NBS 8'")  # fmt: skip
     options = parser.parse_args()
+    try:
+        check_engine(options.engine, torch.device(options.device))
+    except UserError as error:
+        parser.error(str(error))
     names = options.cells or (SIDE_BY_SIDE if options.side_by_side else [cell.name for cell in CELLS])
     cells = [cell for cell in CELLS if cell.name in names]
     options.out.mkdir(parents=True, exist_ok=True)
@@ -445,9 +459,11 @@ def compare(cells: list[Cell], options: argparse.Namespace) -> None:
     flops = statistics.median(rate for result in results for rate in result["matrix_flop_per_s"])
     machine, limit = describe_machine(options.device), flops / STEP_FLOP[options.model]
     head = (
-        f"{describe_rounds(options)} {machine}. Matrix products reach {flops / 1e9:.0f} GFLOP/s in float32, which "
-        f"would allow {limit:.0f} images/s, the limit, by the multiplications of a convolution's formula; Winograd's "
-        "convolutions need fewer."
+        f"{options.model}, training, images per second over the whole machine; medians of {options.rounds} "
+        f"interleaved rounds of {options.seconds:g} s. {machine}. Matrix products reach {flops / 1e9:.0f} GFLOP/s in "
+        f"float32, which would allow {limit:.0f} images/s, the limit, by the multiplications of a convolution's "
+        "formula; Winograd's convolutions need fewer. Memory is the sum of what each process has at its peak "
+        f"({MEMORY[options.device != 'cpu']})."
     )
     write_json(results, options, options.out / "speed.json")
     write_table(rows, head, options.out / "speed.md")
@@ -462,15 +478,13 @@ def compare_side_by_side(cells: list[Cell], options: argparse.Namespace) -> None
         print(f"{cell.name}: measured", flush=True)
     machine = describe_machine(options.device)
     write_json(results, options, options.out / "side_by_side.json")
-    write_side_by_side_table(results, f"{describe_rounds(options)} {machine}.", options.out / "side_by_side.md")
-    draw_side_by_side(results, f"{options.model}, {machine}", options.out / "side_by_side.png")
-
-
-def describe_rounds(options: argparse.Namespace) -> str:
-    return (
-        f"{options.model}, training, images per second over the whole machine; medians of {options.rounds} interleaved "
-        f"rounds of {options.seconds:g} s."
+    head = (
+        f"{options.model}, training, images per second of all processes together, a thread each; medians of "
+        f"{options.rounds} rounds of {options.seconds:g} s, interleaved over the numbers of seeds. Memory is the sum "
+        f"of what each process has at its peak ({MEMORY[options.device != 'cpu']}). {machine}."
     )
+    write_side_by_side_table(results, head, options.out / "side_by_side.md")
+    draw_side_by_side(results, f"{options.model}, {machine}", options.out / "side_by_side.png")
 
 
 def write_json(results: list[dict], options: argparse.Namespace, path: Path) -> None:

@@ -19,8 +19,8 @@ class CudaGraph:
     """Another engine's step, recorded once for each shape, mode and set of members, and replayed.
 
     Images, labels and the learning rate are copied into the tensors that the graph reads. A recording trains for some
-    steps, which are then undone. A batch of another shape, as an epoch's last, is a recording of its own. What a layer
-    does in Python alone, as counting its steps, is not repeated.
+    steps, which are then undone, but for the random numbers that layers draw in them. A batch of another shape, as an
+    epoch's last, is a recording of its own. What a layer does in Python alone, as counting its steps, is not repeated.
 
     Args:
         engine: what is recorded.
@@ -77,14 +77,14 @@ class CudaGraph:
         state = [(tensor, tensor.clone()) for tensor in self._state()]
         buffers = self._buffers()
         replay = self.record(update)
+        for tensor, before in state:
+            tensor.copy_(before)
         for name, buffer in self._buffers().items():
             if buffer is not buffers.get(name):
                 raise UserError(
                     f"engine=cuda_graph is not legal with a layer that puts another tensor in the place of its buffer, "
                     f"as {name[1]} does, instead of changing it in place: it is auto or eager"
                 )
-        for tensor, before in state:
-            tensor.copy_(before)
         return replay, inputs, outputs
 
     def _buffers(self) -> dict[tuple[int, str], Tensor]:

@@ -186,8 +186,7 @@ class Cores(Launcher):
     def _num_processes(self) -> int:
         if self._measures_cost():
             return 1
-        most = MOST_ON_A_GPU if self._on_gpu() else num_cores()
-        return self.num_processes or min(num_cores(), most)
+        return self.num_processes or count_processes(self._on_gpu())
 
     def _context(self) -> Any:
         if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -200,6 +199,11 @@ class Cores(Launcher):
 
     def _payload(self) -> tuple:
         return self.hydra_context, self.config, self.task_function
+
+
+def count_processes(on_gpu: bool) -> int:
+    """How many processes a sweep has at a time, unless it is told otherwise."""
+    return min(num_cores(), MOST_ON_A_GPU) if on_gpu else num_cores()
 
 
 class _Pool:
