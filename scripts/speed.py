@@ -252,7 +252,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
     """The rates of all ways, beside the machine's matrix products in the same rounds."""
     on_gpu = options.device != "cpu"
     config = {"norm": {"_target_": "gnbench."}, "model": {"_target_": "gnbench."}, "engine": options.engine}
-    lanes = min(SEEDS, most_lanes({**config, "batch_size": cell.batch_size, "clip_grad_norm": None}, on_gpu))
+    lanes = min(SEEDS, most_lanes({**config, "batch_size": cell.batch_size, "clip_grad_norm": None}, 32 * 32, on_gpu))
     name, device = options.model, options.device
     makers: Makers = {
         "common": (1, partial(common_loop, cell, name, device)),

@@ -468,16 +468,18 @@ def test_the_seeds_of_a_cell_go_to_the_fewest_processes_as_evenly_as_can_be(seed
 
 def test_which_engine_auto_takes():
     config = tiny_config("norm=bn", "batch_size=4")
-    assert most_lanes(config, on_gpu=False) == 8
-    assert most_lanes({**config, "batch_size": 8}, on_gpu=False) == 4
-    assert most_lanes({**config, "batch_size": 128}, on_gpu=True) == 8
-    assert most_lanes({**config, "batch_size": 32}, on_gpu=False) == 1
-    assert most_lanes({**config, "batch_size": 32}, on_gpu=False, asked=4) == 4
-    assert most_lanes({**config, "engine": "eager"}, on_gpu=False, asked=4) == 1
-    assert most_lanes({**config, "clip_grad_norm": 1.0}, on_gpu=False) == 1
+    assert most_lanes(config, 32 * 32, on_gpu=False) == 8
+    assert most_lanes({**config, "batch_size": 8}, 32 * 32, on_gpu=False) == 4
+    assert most_lanes({**config, "batch_size": 8}, 16 * 16, on_gpu=False) == 8
+    assert most_lanes({**config, "batch_size": 2}, 224 * 224, on_gpu=False) == 1
+    assert most_lanes({**config, "batch_size": 128}, 32 * 32, on_gpu=True) == 8
+    assert most_lanes({**config, "batch_size": 32}, 32 * 32, on_gpu=False) == 1
+    assert most_lanes({**config, "batch_size": 32}, 32 * 32, on_gpu=False, asked=4) == 4
+    assert most_lanes({**config, "engine": "eager"}, 32 * 32, on_gpu=False, asked=4) == 1
+    assert most_lanes({**config, "clip_grad_norm": 1.0}, 32 * 32, on_gpu=False) == 1
     stranger = {**config["norm"], "_target_": "mine.Norm"}
-    assert most_lanes({**config, "norm": stranger}, on_gpu=False) == 1
-    assert most_lanes({**config, "norm": {**config["norm"], "weight": stranger}}, on_gpu=False) == 1
+    assert most_lanes({**config, "norm": stranger}, 32 * 32, on_gpu=False) == 1
+    assert most_lanes({**config, "norm": {**config["norm"], "weight": stranger}}, 32 * 32, on_gpu=False) == 1
     (training, *_) = trainings()
     assert make_engine([training], "eager").name == "eager"
     assert make_engine([training], "auto").name == "channels_last"

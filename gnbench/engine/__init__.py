@@ -37,7 +37,7 @@ __all__ = [
 
 MOST_LANES = 8  # seeds as one network: with so many, even batches of 2 fill the kernels
 MOST_FUSED_BATCH, MOST_FUSED_BATCH_ON_GPU = 8, 128  # larger ones fill the kernels by themselves
-MOST_IMAGES = 32  # in a step of all seeds on a CPU: the maps of more outgrow its caches
+MOST_PIXELS = 32 * 32 * 32  # of the images in a step of all seeds on a CPU: the maps of more outgrow its caches
 WORTH_COMPILING = 50_000  # images in a training; some seconds of compiling against a fifth of the training
 
 
@@ -119,10 +119,11 @@ def check_engine(engine: str, device: torch.device) -> None:
         raise UserError("engine=cuda_graph is not legal for several workers: it is auto or eager for them")
 
 
-def most_lanes(config: dict, on_gpu: bool, asked: int | None = None) -> int:
+def most_lanes(config: dict, num_pixels: int, on_gpu: bool, asked: int | None = None) -> int:
     """How many seeds of a run's cell may be trained as one network; 1 where they are trained one by one.
 
     Args:
+        num_pixels: of an image, height x width.
         asked: the most that the user wants; None is what is faster. A norm or model from outside of gnbench, which
             cannot be taken apart, the reference engine, clipped gradients and a measurement go one by one whatever is
             asked.
@@ -134,7 +135,7 @@ def most_lanes(config: dict, on_gpu: bool, asked: int | None = None) -> int:
     batch_size = config["batch_size"]
     if asked or batch_size > (MOST_FUSED_BATCH_ON_GPU if on_gpu else MOST_FUSED_BATCH):
         return asked or 1
-    return MOST_LANES if on_gpu else min(MOST_LANES, MOST_IMAGES // batch_size)
+    return MOST_LANES if on_gpu else max(1, min(MOST_LANES, MOST_PIXELS // (batch_size * num_pixels)))
 
 
 def _targets(node: dict) -> list[str]:

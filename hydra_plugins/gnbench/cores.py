@@ -6,6 +6,7 @@ dies, its processes write their checkpoints and stop. On a terminal a table says
 """
 
 import contextlib
+import json
 import math
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from omegaconf import DictConfig
 
 from gnbench.errors import UserError, explain, require
 from gnbench.machine import num_cores
-from gnbench.plan import Run
+from gnbench.plan import Run, unverified_images
 from gnbench.record import RECORD, load_record
 from gnbench.sweep_table import REDRAW_S, SweepTable, print_into
 from gnbench.watch import is_terminal
@@ -163,7 +164,9 @@ class Cores(Launcher):
         fill = math.ceil(len(runs) / self._num_processes())  # more in one process would leave others without work
         groups = []
         for cell in cells.values():
-            most = min(fill, most_lanes(runs[cell[0]].config, self._on_gpu(), self.seeds_per_process))
+            config = runs[cell[0]].config
+            num_pixels = math.prod(unverified_images(json.dumps(config["data"])).train_images.shape[1:3])
+            most = min(fill, most_lanes(config, num_pixels, self._on_gpu(), self.seeds_per_process))
             groups += [group.tolist() for group in np.array_split(cell, math.ceil(len(cell) / most))]
         return groups
 
