@@ -190,6 +190,22 @@ def test_on_a_gpu_a_graph_steps_as_the_reference_does(norm):
     assert_close(other[0], reference[0], start, 2e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("engine", ["auto", "cuda_graph"])
+def test_on_a_gpu_nothing_waits_inside_an_epoch(engine):
+    members = [_on_gpu(training) for training in trainings(norm="bn")]
+    steps = members[0].steps_per_epoch
+
+    def forbid_waiting():
+        inside = 1 <= members[0].progress.step % steps < steps - 1  # both ends of an epoch wait
+        torch.cuda.set_sync_debug_mode("error" if inside else "default")
+
+    try:
+        train(make_engine(members, engine), forbid_waiting)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def _on_gpu(training: Training) -> Training:
     dataset = prepare(load_tiny(), torch.device("cuda"))
     return Training(training.model.cuda(), dataset, training.recipe, training.seed)
