@@ -21,7 +21,7 @@ from gnbench.configs import load_group
 from gnbench.data import Dataset
 from gnbench.engine import Eager, Ways, prefers_channels_last
 from gnbench.engine.eager import forward
-from gnbench.errors import first_line
+from gnbench.errors import OUT_OF_MEMORY, explain, first_line
 from gnbench.timing import time_calls, wait_for_device
 from gnbench.train import Training
 
@@ -230,8 +230,7 @@ def measure_largest_batch(config: dict, make: MakeTraining) -> dict:
             _try_steps(config, make, batch_size)
             reason = None
         except RuntimeError as error:  # no memory, or a tensor with more elements than a kernel can count
-            out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
-            reason = "out of memory" if out_of_memory else first_line(error)
+            reason = OUT_OF_MEMORY if explain(error).startswith(OUT_OF_MEMORY) else first_line(error)
         reasons.extend([reason] if reason else [])
         return reason is None
 

@@ -121,7 +121,7 @@ def execute_group(runs: list[Run], progress: bool = False, alone: bool = False) 
             except UserError as error:  # its place cannot be written
                 if len(runs) == 1:
                     raise
-                records[run.digest] = {**_new_record(run), "status": "failed", "cause": _explain(error)}
+                records[run.digest] = {**_new_record(run), "status": "failed", "cause": explain(error)}
         stack.enter_context(logging_to([member.run for member in members]))
         for member in members:
             _clear(member.run.directory)
@@ -235,7 +235,7 @@ class _Member:
         self.error = error
         log.error("%s", traceback.format_exc(), extra={"run": self.run.name})
         with contextlib.suppress(UserError):  # a full disk may be the cause; then the record cannot say so
-            self.save(status="failed", cause=_explain(error))
+            self.save(status="failed", cause=explain(error))
 
     def finish(self, **changes: object) -> None:
         self.save(**changes)
@@ -266,15 +266,6 @@ def _execute_locked(members: list[_Member], progress: bool, alone: bool) -> None
 
 def _unfinished(members: list[_Member]) -> list[_Member]:
     return [member for member in members if member.record["status"] == "running"]
-
-
-def _explain(error: Exception) -> str:
-    """Why a run failed, in one line; that memory ran out, on a device or on the host, in words of its own."""
-    text = explain(error)
-    out_of_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-    if out_of_memory or any(words in text for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
-        return f"out of memory: {text}"
-    return text
 
 
 @exits_are_errors()

@@ -9,7 +9,8 @@ Three ways to train the same ResNet on the same random images are timed in turn,
 
 A round times each of them for `--seconds`, in an order of its own; ratios are of the same round. Small batches are of
 up to 8 seeds of a cell; a sweep of fewer seeds gains less. A network without any norm is measured too: what the
-convolutions alone leave to win. The common loop is in float32, beside cells in bf16 too.
+convolutions alone leave to win. The common loop is in float32, beside cells in bf16 too; on a GPU torch computes its
+convolutions in TF32, as for everybody who does not ask, and gnbench's in float32.
 
 With --side-by-side it measures instead how the rate and the memory of gnbench's way grow with the number of runs at a
 time: seeds of a cell as one network, and processes.

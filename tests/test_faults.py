@@ -322,6 +322,15 @@ def test_a_sweep_with_every_kind_of_bad_run_finishes_the_others_and_tells_them_a
     assert again.returncode == 1
 
 
+def test_a_run_that_others_leave_too_little_memory_is_tried_by_itself(gnbench, tmp_path):
+    words = ("-m", *TINY, "norm=troubled", "norm.fault=crowded", "seed=0,1,2", "hydra.launcher.num_processes=2")
+    done = gnbench(*words)
+    assert done.returncode == 0, done.stderr
+    assert [record["status"] for record in records(tmp_path / "out")] == ["done"] * 3
+    assert done.stdout.count("a run ran out of memory beside other processes; trying again with none") == 1
+    assert done.stdout.count("from here on one process at a time") == 1
+
+
 def test_a_time_to_stand_still_is_longer_than_that_between_checkpoints(gnbench):
     refused = gnbench("-m", *TINY, "norm=gn", "seed=0,1", "checkpoint_s=9", "hydra.launcher.stall_s=9")
     assert refused.returncode == 2

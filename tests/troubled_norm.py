@@ -1,8 +1,11 @@
 """A norm that goes wrong in every way a stranger's can, and only in a run's own process: the launcher tries it too."""
 
+import functools
 import multiprocessing
 import os
 import time
+from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +37,24 @@ class Troubled(nn.Module):
             os._exit(139)
         if self.fault == "hang":
             time.sleep(3600)
+        if self.fault == "crowded":
+            take_all_memory()
+
+
+@functools.cache  # once for all layers of a process
+def take_all_memory() -> TextIO:
+    """Of a machine that has enough for one process; the first to have it keeps it until another was refused."""
+    import fcntl  # not on Windows
+
+    memory, refused = open("memory", "w"), Path("refused")  # noqa: SIM115  until the process ends
+    try:
+        fcntl.flock(memory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refused.touch()
+        raise MemoryError("another process has it") from None
+    while not refused.exists():
+        time.sleep(0.01)
+    return memory
 
 
 def build(num_channels: int, fault: str) -> nn.Module:

@@ -37,7 +37,8 @@ __all__ = [
 
 MOST_LANES = 8  # seeds as one network: with so many, even batches of 2 fill the kernels
 MOST_FUSED_BATCH, MOST_FUSED_BATCH_ON_GPU = 8, 128  # larger ones fill the kernels by themselves
-MOST_PIXELS = 32 * 32 * 32  # of the images in a step of all seeds on a CPU: the maps of more outgrow its caches
+# Pixels of the images in a step of all seeds: the maps of more outgrow a CPU's caches, or a GPU's memory.
+MOST_PIXELS, MOST_PIXELS_ON_GPU = 32 * 32 * 32, 8 * 128 * 32 * 32
 WORTH_COMPILING = 50_000  # images in a training; some seconds of compiling against a fifth of the training
 
 
@@ -135,7 +136,8 @@ def most_lanes(config: dict, num_pixels: int, on_gpu: bool, asked: int | None = 
     batch_size = config["batch_size"]
     if asked or batch_size > (MOST_FUSED_BATCH_ON_GPU if on_gpu else MOST_FUSED_BATCH):
         return asked or 1
-    return MOST_LANES if on_gpu else max(1, min(MOST_LANES, MOST_PIXELS // (batch_size * num_pixels)))
+    most_pixels = MOST_PIXELS_ON_GPU if on_gpu else MOST_PIXELS
+    return max(1, min(MOST_LANES, most_pixels // (batch_size * num_pixels)))
 
 
 def _targets(node: dict) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gnbench.engine.eager import Eager
 from gnbench.engine.fused import Fused
-from gnbench.errors import UserError
+from gnbench.errors import UserError, explain
 from gnbench.train import MOMENTUM, Training
 
 WARM_UP_STEPS = 3  # before a capture, so that libraries have chosen their kernels and taken their memory
@@ -27,7 +27,8 @@ class CudaGraph:
         record: makes a function that repeats what another one did on the device.
 
     Raises:
-        UserError: by `step`: a layer puts another tensor in the place of a buffer, which a graph would not follow.
+        UserError: by `step`: a layer does what a graph cannot record, as waiting for a number to decide by, or puts
+            another tensor in the place of a buffer, which a graph would not follow.
     """
 
     def __init__(self, engine: Eager | Fused, record: Callable[[Callable[[], None]], Replay] | None = None) -> None:
@@ -76,7 +77,18 @@ class CudaGraph:
 
         state = [(tensor, tensor.clone()) for tensor in self._state()]
         buffers = self._buffers()
-        replay = self.record(update)
+        try:
+            replay = self.record(update)
+        except Exception as error:
+            first = error
+            while first.__context__ is not None:  # what ended a capture: the last says no more than that it ended
+                first = first.__context__
+            if first is error:  # by a run before the capture, which fails without one too
+                raise
+            raise UserError(
+                f"engine=cuda_graph is not legal with a model whose step cannot be recorded ({explain(first)}): "
+                "it is auto or eager"
+            ) from error
         for tensor, before in state:
             tensor.copy_(before)
         for name, buffer in self._buffers().items():

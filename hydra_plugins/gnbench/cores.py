@@ -1,8 +1,9 @@
 """Hydra's launcher for one machine: runs in processes of their own, as many side by side as there are cores.
 
 A process trains one run, or several seeds of one cell as one network where that is faster. One that is killed loses its
-own runs only, which are tried once more; one without progress is ended, if a time for that is set; when the launcher
-dies, its processes write their checkpoints and stop. On a terminal a table says what they are doing.
+own runs only, which are tried once more, and one that runs out of memory beside others is tried by itself; one without
+progress is ended, if a time for that is set; when the launcher dies, its processes write their checkpoints and stop. On
+a terminal a table says what they are doing.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -26,7 +27,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from gnbench.errors import UserError, explain, require
+from gnbench.errors import OUT_OF_MEMORY, UserError, explain, require
 from gnbench.machine import num_cores
 from gnbench.plan import Run, unverified_images
 from gnbench.record import RECORD, load_record
@@ -73,6 +74,7 @@ class Job:
     overrides: list[list[str]]
     runs: list[Run] | None
     alone: bool = False  # not as part of the network that failed
+    by_itself: bool = False  # with no other process beside it, which had left too little memory
     tries: int = 0
     stalled: bool = False
 
@@ -80,9 +82,11 @@ class Job:
     def effort(self) -> float:
         return sum(run.effort for run in self.runs) if self.runs else 1.0
 
-    def split(self) -> list["Job"]:
-        """A job for each of its runs."""
-        return [Job([i], [o], [r], alone=True) for i, o, r in zip(self.indices, self.overrides, self.runs, strict=True)]
+    def split(self, places: Sequence[int], by_itself: bool = False) -> list["Job"]:
+        """A job for each of its runs at `places`, of which it has several."""
+        return [
+            Job([self.indices[i]], [self.overrides[i]], [self.runs[i]], alone=True, by_itself=by_itself) for i in places
+        ]
 
 
 @dataclass
@@ -93,6 +97,7 @@ class Child:
     process: Any
     trace: list
     moved_s: float
+    beside: bool  # whether others ran at any time while it did
 
 
 class Cores(Launcher):
@@ -240,7 +245,7 @@ class _Pool:
         waiting = sorted(jobs, key=lambda job: -job.effort)  # long ones first, so that the cores end together
         try:
             while waiting or self.running:
-                while waiting and len(self.running) < self.num_processes:
+                while waiting and self._has_room_for(waiting[0]):
                     self._start(waiting.pop(0))
                 self._draw()
                 for connection in wait(list(self.running), timeout=self._timeout_s()):
@@ -251,6 +256,11 @@ class _Pool:
                 self._kill_stalled()
         finally:
             self._stop()
+
+    def _has_room_for(self, job: Job) -> bool:
+        if job.by_itself or any(child.job.by_itself for child in self.running.values()):
+            return not self.running
+        return len(self.running) < self.num_processes
 
     def _timeout_s(self) -> float | None:
         times = (self.table and REDRAW_S, self.stall_s and self.stall_s / LOOKS)
@@ -274,7 +284,9 @@ class _Pool:
         process = self.context.Process(target=print_into, args=(self.table and self.table.words, *work))
         process.start()
         theirs.close()
-        self.running[ours] = Child(job, process, _trace(job), time.monotonic())
+        for child in self.running.values():
+            child.beside = True
+        self.running[ours] = Child(job, process, _trace(job), time.monotonic(), beside=bool(self.running))
 
     def _collect(self, connection: Connection) -> tuple[list[Job], list[tuple[int, JobReturn]]]:
         """The jobs that are to be tried after what this process said before it ended, and the ends of its runs."""
@@ -296,11 +308,33 @@ class _Pool:
             said = f"its {end}, {TRIES} times"
         if isinstance(said, str) and len(job.indices) > 1:
             print(f"{len(job.indices)} seeds as one network failed ({said}); trying them one by one", flush=True)
-            return job.split(), []
+            return job.split(range(len(job.indices))), []
         if isinstance(said, str):
             said = [end_of(run, said) for run in job.runs or [None]]
-        self.effort_left -= job.effort
-        return [], list(zip(job.indices, make_returns(job.overrides, said), strict=True))
+        again = self._find_starved(child, said)
+        if job.by_itself and said[0][0] == JobStatus.COMPLETED:  # there was too little memory for so many
+            self.num_processes = max(1, self.num_processes - 1)
+            print(f"from here on {side_by_side(self.num_processes, most=True)}", flush=True)
+        self.effort_left -= job.effort - sum(each.effort for each in again)
+        gone = {index for each in again for index in each.indices}
+        ended = zip(job.indices, make_returns(job.overrides, said), strict=True)
+        return again, [(index, returned) for index, returned in ended if index not in gone]
+
+    def _find_starved(self, child: Child, said: list[End]) -> list[Job]:
+        """Jobs for the runs that ran out of memory while other processes took some: each is tried by itself."""
+        if not child.beside:
+            return []
+        places = [
+            place
+            for place, (status, value) in enumerate(said)
+            if status == JobStatus.FAILED and str(value).startswith(OUT_OF_MEMORY)
+        ]
+        if places:
+            runs = "a run" if len(places) == 1 else f"{len(places)} runs"
+            print(f"{runs} ran out of memory beside other processes; trying again with none beside", flush=True)
+        if len(child.job.indices) > 1:
+            return child.job.split(places, by_itself=True)
+        return [replace(child.job, by_itself=True) for _ in places]
 
     def _kill_stalled(self) -> None:
         """End the processes whose runs have written nothing for `stall_s`."""
