@@ -627,14 +627,15 @@ def test_each_seed_of_a_group_has_its_own_record(wholes, tmp_path):
 @pytest.mark.parametrize(
     "place",
     [
-        "step:7",
         "checkpoint.pt.written:1",  # the first member's first checkpoint, before the others have any
         "checkpoint.pt.renamed:13",  # one member ahead of the two others
-        "record.json.written:5",
         "finished:1",  # one member done, the others not
         *(
             pytest.param(place, marks=pytest.mark.slow)
-            for place in ("checkpoint.pt.renamed:2", "rotated:7", "epoch:2", "finished:2", "record.json.written:11")
+            for place in (
+                *("step:7", "record.json.written:5", "checkpoint.pt.renamed:2", "rotated:7", "epoch:2", "finished:2"),
+                "record.json.written:11",
+            )
         ),
     ],
 )
