@@ -21,7 +21,7 @@ from gnbench.configs import load_group
 from gnbench.data import Dataset
 from gnbench.engine import Eager, Ways, prefers_channels_last
 from gnbench.engine.eager import forward
-from gnbench.errors import OUT_OF_MEMORY, explain, first_line
+from gnbench.errors import OUT_OF_MEMORY, first_line, is_out_of_memory
 from gnbench.timing import time_calls, wait_for_device
 from gnbench.train import Training
 
@@ -230,7 +230,7 @@ def measure_largest_batch(config: dict, make: MakeTraining) -> dict:
             _try_steps(config, make, batch_size)
             reason = None
         except RuntimeError as error:  # no memory, or a tensor with more elements than a kernel can count
-            reason = OUT_OF_MEMORY if explain(error).startswith(OUT_OF_MEMORY) else first_line(error)
+            reason = OUT_OF_MEMORY if is_out_of_memory(error) else first_line(error)
         reasons.extend([reason] if reason else [])
         return reason is None
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 # Sequences that colour text or move a cursor (CSI), name a window (OSC, up to its end) or do something shorter.
 ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-~]")
-OUT_OF_MEMORY = "out of memory"
 UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters, of the escape sequences of eight bits too
+OUT_OF_MEMORY = "out of memory"  # so begins an explanation of an error that says it
 
 
 class UserError(Exception):
@@ -66,16 +66,17 @@ def first_line(error: BaseException) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """An exception's type and what it says, in one line; that memory ran out, of a device or of the host, comes first.
-
-    Some allocators and device libraries raise a RuntimeError of their own.
-    """
+    """An exception's type and what it says, in one line; that memory ran out comes first."""
     words = _find_words(error)
-    text = f"{type(error).__name__}{': ' * bool(words)}{words}"
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the second: torch's
-    if out_of_memory or any(each in words for each in ("can't allocate memory", OUT_OF_MEMORY, "ALLOC_FAILED")):
-        return f"{OUT_OF_MEMORY}: {text}"
-    return text
+    prefix = f"{OUT_OF_MEMORY}: " if is_out_of_memory(error) else ""
+    return f"{prefix}{type(error).__name__}{': ' * bool(words)}{words}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a device or of the host: some libraries raise a RuntimeError of their own."""
+    words = _find_words(error)
+    by_words = any(each in words for each in ("can't allocate memory", OUT_OF_MEMORY, "ALLOC_FAILED"))
+    return by_words or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the last: torch's
 
 
 def _find_words(error: BaseException) -> str:

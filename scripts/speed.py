@@ -258,7 +258,10 @@ def measure(cell: Cell, options: argparse.Namespace) -> dict:
     makers: Makers = {
         "common": (1, partial(common_loop, cell, name, device)),
         "eager": (1, partial(gnbench_loop, cell, name, device, "eager", 1, num_cores())),
-        "gnbench": (count_processes(on_gpu), partial(gnbench_loop, cell, name, device, options.engine, lanes, 1)),
+        "gnbench": (
+            count_processes(on_gpu, num_cores()),
+            partial(gnbench_loop, cell, name, device, options.engine, lanes, 1),
+        ),
         "matrix": (1 if on_gpu else num_cores(), partial(matrix_products, device)),
     }
     rates, workers = measure_rounds(makers, options)
@@ -279,7 +282,7 @@ def measure_side_by_side(cell: Cell, options: argparse.Namespace) -> list[dict]:
     are more than a GPU holds.
     """
     rows = []
-    for number in sorted({1, count_processes(options.device != "cpu")}):
+    for number in sorted({1, count_processes(options.device != "cpu", num_cores())}):
         makers: Makers = {
             lanes: (number, partial(gnbench_loop, cell, options.model, options.device, options.engine, lanes, 1))
             for lanes in LANES

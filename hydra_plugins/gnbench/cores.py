@@ -194,7 +194,7 @@ class Cores(Launcher):
     def _num_processes(self) -> int:
         if self._measures_cost():
             return 1
-        return self.num_processes or count_processes(self._on_gpu())
+        return self.num_processes or count_processes(self._on_gpu(), num_cores())
 
     def _context(self) -> Any:
         if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -209,9 +209,9 @@ class Cores(Launcher):
         return self.hydra_context, self.config, self.task_function
 
 
-def count_processes(on_gpu: bool) -> int:
-    """How many processes a sweep has at a time, unless it is told otherwise."""
-    return min(num_cores(), MOST_ON_A_GPU) if on_gpu else num_cores()
+def count_processes(on_gpu: bool, cores: int) -> int:
+    """How many processes a sweep has at a time on so many cores, unless it is told otherwise."""
+    return min(cores, MOST_ON_A_GPU) if on_gpu else cores
 
 
 class _Pool:
@@ -329,12 +329,13 @@ class _Pool:
             for place, (status, value) in enumerate(said)
             if status == JobStatus.FAILED and str(value).startswith(OUT_OF_MEMORY)
         ]
-        if places:
-            runs = "a run" if len(places) == 1 else f"{len(places)} runs"
-            print(f"{runs} ran out of memory beside other processes; trying again with none beside", flush=True)
+        if not places:
+            return []
+        runs = "a run" if len(places) == 1 else f"{len(places)} runs"
+        print(f"{runs} ran out of memory beside other processes; trying again with none beside", flush=True)
         if len(child.job.indices) > 1:
             return child.job.split(places, by_itself=True)
-        return [replace(child.job, by_itself=True) for _ in places]
+        return [replace(child.job, by_itself=True)]
 
     def _kill_stalled(self) -> None:
         """End the processes whose runs have written nothing for `stall_s`."""

@@ -21,9 +21,9 @@ from gnbench.errors import UserError, explain, require
 from gnbench.plan import Run
 from gnbench.words import number_of
 from hydra_plugins.gnbench.cores import (
-    MOST_ON_A_GPU,
     STOP_S,
     Cores,
+    count_processes,
     describe_end,
     end_of,
     find_varied,
@@ -153,8 +153,7 @@ class Slurm(Cores):
         return self.options["gpus_per_node"] != 0 and not on_cpu
 
     def _num_processes(self) -> int:
-        cores = self.options["cpus_per_task"]
-        return self.num_processes or (min(cores, MOST_ON_A_GPU) if self._on_gpu() else cores)
+        return self.num_processes or count_processes(self._on_gpu(), self.options["cpus_per_task"])
 
     def _pack(self) -> list[list[int]]:
         """The places of the runs of each task: of runs that take about as long as one another, the longest first."""
